@@ -1,0 +1,36 @@
+# A fresh machine needs Python >= 3.10 and make. Everything is installed into .venv from setup.cfg and constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help quickstart test test-fast lint clean
+
+help:
+	@echo "make quickstart   install, then fine-tune, convert and score the embedded tiny model"
+	@echo "make test         install, then run every test"
+	@echo "make test-fast    the same without the tests that learn for minutes"
+	@echo "make lint         ruff and the import rules"
+
+# torch first and alone: a later resolution must not replace the build that suits this machine.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/quickstart.sh
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build *.egg-info runs

@@ -1,0 +1,8 @@
+"""ABBA adapters for large language models on DeepSpeed ZeRO-3."""
+
+from abba.adapter.config import AdapterConfig
+from abba.adapter.files import load_adapter, save_adapter
+from abba.adapter.inject import InjectionReport, inject
+from abba.adapter.linear import AbbaLinear
+
+__all__ = ["AbbaLinear", "AdapterConfig", "InjectionReport", "inject", "load_adapter", "save_adapter"]

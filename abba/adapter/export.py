@@ -1,0 +1,99 @@
+"""The same update in the forms that the world loads: PEFT LoHa (the factors themselves) and LoRA of rank r1*r2.
+
+Shapes: O out, I in, R = r1, Q = r2, K = r1*r2. Key names and scales as stock PEFT 0.21 reads them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from abba.adapter.config import AdapterConfig
+from abba.adapter.functional import khatri_rao_a, khatri_rao_b
+from abba.adapter.initialize import Factors
+from abba.errors import CheckpointError
+
+FORMATS = ("loha", "lora")
+LOHA_KEYS = {"A1": "hada_w1_b", "B1": "hada_w1_a", "A2": "hada_w2_b", "B2": "hada_w2_a"}
+PREFIX = "base_model.model."
+# What vLLM's max_lora_rank accepts (vllm/config/lora.py).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def tensor_shapes(format: str, name: str, shape: tuple[int, int], config: AdapterConfig) -> dict[str, tuple[int, int]]:
+    """Key and shape of every tensor that module `name` with weight `shape` (out, in) becomes."""
+    out_features, in_features = shape
+    if format == "loha":
+        rank = max(config.r1, config.r2)
+        sides = {"A": (rank, in_features), "B": (out_features, rank)}
+        return {f"{PREFIX}{name}.{key}": sides[factor[0]] for factor, key in LOHA_KEYS.items()}
+    rank = config.r1 * config.r2
+    return {
+        f"{PREFIX}{name}.lora_A.weight": (rank, in_features),
+        f"{PREFIX}{name}.lora_B.weight": (out_features, rank),
+    }
+
+
+def tensors(format: str, factors: Factors, config: AdapterConfig, dtype: torch.dtype) -> list[Tensor]:
+    """The tensors of one module, in the order of `tensor_shapes`.
+
+    LoHa holds copies of the factors, zero-padded to the larger rank, which changes nothing in the products. LoRA holds
+    the Khatri-Rao factors with s folded into B; they are multiplied in fp32 and rounded once.
+    """
+    factors = Factors(*(factor.detach() for factor in factors))
+    if format == "loha":
+        rank = max(config.r1, config.r2)
+        return [_padded(factor, name, rank).to(dtype) for name, factor in factors._asdict().items()]
+    wide = Factors(*(factor.float() for factor in factors))
+    a_KI = khatri_rao_a(wide.A1, wide.A2)
+    b_OK = khatri_rao_b(wide.B1, wide.B2 * config.scale)
+    return [a_KI.to(dtype), b_OK.to(dtype)]
+
+
+def factors_from_loha(read: Mapping[str, Tensor], name: str, config: AdapterConfig) -> Factors:
+    """The factors of module `name` back from LoHa tensors, without their padding."""
+    found = {factor: read[f"{PREFIX}{name}.{key}"] for factor, key in LOHA_KEYS.items()}
+    r1, r2 = config.r1, config.r2
+    padding = [found["A1"][r1:], found["B1"][:, r1:], found["A2"][r2:], found["B2"][:, r2:]]
+    if any(part.count_nonzero() for part in padding):
+        raise CheckpointError(f"adapter: {name} has non-zero values past its ranks {r1} and {r2}; the files disagree")
+    return Factors(found["A1"][:r1], found["B1"][:, :r1], found["A2"][:r2], found["B2"][:, :r2])
+
+
+def peft_config(format: str, config: AdapterConfig, modules: list[str], base_model: str | None) -> dict:
+    """adapter_config.json for stock PEFT. LoHa scales by alpha / r, LoRA by lora_alpha / r."""
+    common = {
+        "base_model_name_or_path": base_model,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "target_modules": _peft_targets(config, modules),
+    }
+    if format == "loha":
+        rank = max(config.r1, config.r2)
+        return {"peft_type": "LOHA", "r": rank, "alpha": config.scale * rank, **common}
+    rank = config.r1 * config.r2
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "lora_dropout": 0.0, **common}
+
+
+def vllm_advice(config: AdapterConfig) -> str:
+    """The flag that vLLM needs to serve the LoRA form, or why it cannot."""
+    rank = config.r1 * config.r2
+    enough = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+    if enough is None:
+        return f"rank {rank} is above vLLM's limit of {VLLM_RANKS[-1]}: it cannot serve this adapter; merge it instead"
+    return f"serve it with vLLM: --enable-lora --max-lora-rank {enough}"
+
+
+def _peft_targets(config: AdapterConfig, modules: list[str]) -> list[str] | str:
+    # A layer range has no exact counterpart in PEFT, full names do; suffixes and patterns mean the same to both.
+    if config.layer_range is not None:
+        return modules
+    if config.target_modules == "all-linear":
+        return sorted({name.rsplit(".", 1)[-1] for name in modules})
+    return config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+
+
+def _padded(factor: Tensor, name: str, rank: int) -> Tensor:
+    missing = rank - (factor.shape[0] if name.startswith("A") else factor.shape[1])
+    return F.pad(factor, (0, 0, 0, missing) if name.startswith("A") else (0, missing))

@@ -1,0 +1,82 @@
+"""The one formula of the project: delta W = s (B1 A1) * (B2 A2), applied without ever forming an (O, I) matrix.
+
+Shapes: O out features, I in features, R = r1, Q = r2, T tokens (all leading dimensions of x).
+Component (k, l) stands at index k*Q + l in both Khatri-Rao factors.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def khatri_rao_a(a1_RI: Tensor, a2_QI: Tensor) -> Tensor:
+    """A_kr (R*Q, I): every product of a row of A1 with a row of A2."""
+    return (a1_RI[:, None, :] * a2_QI[None, :, :]).flatten(0, 1)
+
+
+def khatri_rao_b(b1_OR: Tensor, b2_OQ: Tensor) -> Tensor:
+    """B_kr (O, R*Q): every product of a column of B1 with a column of B2."""
+    return (b1_OR[:, :, None] * b2_OQ[:, None, :]).flatten(1, 2)
+
+
+def delta_weight(a1_RI: Tensor, b1_OR: Tensor, a2_QI: Tensor, b2_OQ: Tensor, scale: float) -> Tensor:
+    """The update itself (O, I), for merging and inspection; training never forms it."""
+    return (b1_OR @ a1_RI).mul_(b2_OQ @ a2_QI).mul_(scale)
+
+
+class AbbaLinearFunction(torch.autograd.Function):
+    """y = x W^T + bias + s (x A_kr^T) B_kr^T with a frozen W.
+
+    `weight` is a callable because under ZeRO-3 the tensor is only there while its module runs: it is read anew in
+    backward instead of being saved. Saved are x, h = x A_kr^T and the four factors; the Khatri-Rao factors are
+    recomputed, which costs nothing measurable next to holding 1.3 GB of them at 7B.
+    s is folded into B2, the smallest place for it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        a1_RI: Tensor,
+        b1_OR: Tensor,
+        a2_QI: Tensor,
+        b2_OQ: Tensor,
+        scale: float,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None,
+    ) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        h_TK = F.linear(x_TI, khatri_rao_a(a1_RI, a2_QI))
+        y_TO = F.linear(x_TI, weight(), bias)
+        y_TO.addmm_(h_TK, khatri_rao_b(b1_OR, b2_OQ * scale).T)
+        ctx.save_for_backward(x, h_TK, a1_RI, b1_OR, a2_QI, b2_OQ)
+        ctx.scale, ctx.weight = scale, weight
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, h_TK, a1_RI, b1_OR, a2_QI, b2_OQ = ctx.saved_tensors
+        (r, i), (q, o) = a1_RI.shape, (a2_QI.shape[0], b1_OR.shape[0])
+        scaled_b2_OQ = b2_OQ * ctx.scale
+        dy_TO, x_TI = dy.reshape(-1, o), x.reshape(-1, i)
+        dh_TK = dy_TO @ khatri_rao_b(b1_OR, scaled_b2_OQ)
+
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy_TO @ ctx.weight()
+            dx.addmm_(dh_TK, khatri_rao_a(a1_RI, a2_QI))
+            dx = dx.view_as(x)
+
+        da1 = db1 = da2 = db2 = None
+        if any(ctx.needs_input_grad[1:5]):
+            da_RQI = (dh_TK.T @ x_TI).view(r, q, i)
+            db_ORQ = (dy_TO.T @ h_TK).view(o, r, q)
+            da1 = torch.einsum("rqi,qi->ri", da_RQI, a2_QI)
+            da2 = torch.einsum("rqi,ri->qi", da_RQI, a1_RI)
+            db1 = torch.einsum("orq,oq->or", db_ORQ, scaled_b2_OQ)
+            db2 = torch.einsum("orq,or->oq", db_ORQ, b1_OR).mul_(ctx.scale)
+        return dx, da1, db1, da2, db2, None, None, None

@@ -1,0 +1,77 @@
+"""The factors that training starts from: a truncated SVD of the frozen weight in one pair, delta W = 0 by the other."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from abba.errors import RecipeError
+
+# Chosen so that the subspace is stable on the slowly decaying spectra of trained weights (Halko et al. 2011).
+OVERSAMPLING, POWER_ITERATIONS = 8, 4
+
+
+class Factors(NamedTuple):
+    """The four factors of one module, in the order in which every function of this package takes them."""
+
+    A1: Tensor  # (r1, in)
+    B1: Tensor  # (out, r1)
+    A2: Tensor  # (r2, in)
+    B2: Tensor  # (out, r2)
+
+
+def seed_for(name: str, seed: int) -> int:
+    """A seed of its own for every module, so that no factor depends on the order of initialisation."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def check_ranks(name: str, shape: torch.Size | tuple[int, int], r1: int, r2: int) -> None:
+    """Refuse ranks that the weight (out, in) of module `name` cannot have."""
+    for key, rank in (("r1", r1), ("r2", r2)):
+        if rank > min(shape):
+            raise RecipeError(
+                f"adapter.{key}: {rank} is above the rank of {name}, whose weight is {tuple(shape)}; "
+                f"choose at most {min(shape)}"
+            )
+
+
+@contextlib.contextmanager
+def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
+    """One thread and a private random stream: torch.svd_lowrank is not bit-equal across thread counts."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def factors_from_svd(weight_OI: Tensor, r1: int, r2: int, seed: int) -> Factors:
+    """Initial factors of a frozen weight (out, in), in fp32 on the weight's device.
+
+    B1 = U sqrt(S), A1 = sqrt(S) V^T from the rank-r1 truncated SVD; B2 = 0; A2 Kaiming-uniform with a = 0, that is
+    U(-b, b) with b = sqrt(6 / in), as the paper's code does. Only B2 has a gradient in the first step.
+
+    Raises:
+        RecipeError: a rank above min(out, in).
+    """
+    out_features, in_features = weight_OI.shape
+    check_ranks("a module", weight_OI.shape, r1, r2)
+    with _reproducible(weight_OI.device, seed):
+        oversampled = min(r1 + OVERSAMPLING, out_features, in_features)
+        u_OK, s_K, v_IK = torch.svd_lowrank(weight_OI.float(), q=oversampled, niter=POWER_ITERATIONS)
+        root_R = s_K[:r1].sqrt()
+        bound = (6 / in_features) ** 0.5
+        a2_QI = torch.empty(r2, in_features, device=weight_OI.device).uniform_(-bound, bound)
+    return Factors(
+        A1=(v_IK[:, :r1] * root_R).T.contiguous(),
+        B1=(u_OK[:, :r1] * root_R).contiguous(),
+        A2=a2_QI,
+        B2=torch.zeros(out_features, r2, device=weight_OI.device),
+    )

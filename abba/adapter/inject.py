@@ -1,0 +1,123 @@
+"""Choosing the layers, and putting factors into them: two steps, because sharded weights need work between them."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from abba.adapter.config import AdapterConfig
+from abba.adapter.initialize import Factors, check_ranks, factors_from_svd, seed_for
+from abba.adapter.linear import AbbaLinear
+from abba.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What was changed: names of the replaced modules, and how many elements train or stay frozen."""
+
+    replaced: tuple[str, ...]
+    trainable_parameters: int
+    frozen_parameters: int
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Linear]:
+    """The linear layers that `config` names, by module name, in the model's order.
+
+    Raises:
+        RecipeError: nothing matches; one of the listed suffixes matches nothing; a match is no nn.Linear, is the
+            output head, or already has an adapter.
+    """
+    head = _output_head(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    wanted = config.target_modules
+    if wanted == "all-linear":
+        chosen = [name for name, module in linears.items() if module is not head]
+    else:
+        chosen = _matching([name for name, _ in model.named_modules() if name], wanted, sorted(_last_parts(linears)))
+    if config.layer_range is not None:
+        first, stop = config.layer_range
+        chosen = [name for name in chosen if (index := layer_index(name)) is not None and first <= index < stop]
+    if not chosen:
+        raise RecipeError(
+            f"adapter.target_modules: {wanted!r} with layer_range {config.layer_range} matches no module; "
+            f"the model's linear layers end in {', '.join(sorted(_last_parts(linears)))}"
+        )
+    targets = {}
+    for name in chosen:
+        module = model.get_submodule(name)
+        if module is head:
+            raise RecipeError(f"adapter.target_modules: {name} is the output head, never adapted; leave it out")
+        if isinstance(module, AbbaLinear):
+            raise RecipeError(f"adapter: {name} has an ABBA adapter already; inject into a fresh base model")
+        if not isinstance(module, nn.Linear):
+            raise RecipeError(f"adapter.target_modules: {name} is a {type(module).__name__}, not a linear layer")
+        check_ranks(name, (module.out_features, module.in_features), config.r1, config.r2)
+        targets[name] = module
+    return targets
+
+
+def inject(
+    model: nn.Module, config: AdapterConfig, seed: int = 0, factors: Mapping[str, Factors] | None = None
+) -> InjectionReport:
+    """Freeze the model and turn its target layers into AbbaLinear, in place.
+
+    Args:
+        model: any module built from nn.Linear; its parameter names do not change.
+        seed: of the initial factors; each module derives its own from it and its name.
+        factors: by module name, instead of an SVD of each weight: from a saved adapter, or for sharded weights.
+
+    Raises:
+        RecipeError: see `find_targets`; or `factors` are not those of exactly the target modules.
+    """
+    targets = find_targets(model, config)
+    if factors is not None and factors.keys() != targets.keys():
+        different = sorted(factors.keys() ^ targets.keys())
+        raise RecipeError(f"adapter: {len(different)} modules differ from the given factors, such as {different[0]}")
+    model.requires_grad_(False)
+    for name, linear in targets.items():
+        given = factors[name] if factors is not None else None
+        if given is None:
+            given = factors_from_svd(linear.weight, config.r1, config.r2, seed_for(name, seed))
+        AbbaLinear.adopt(linear, given, config)
+    trainable = sum(_full_size(p) for p in model.parameters() if p.requires_grad)
+    frozen = sum(_full_size(p) for p in model.parameters() if not p.requires_grad)
+    return InjectionReport(tuple(targets), trainable, frozen)
+
+
+def layer_index(name: str) -> int | None:
+    """The decoder layer that a module name belongs to: its first numeric part. model.layers.7.mlp.up_proj -> 7"""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if find is not None else None
+
+
+def _last_parts(names) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name in names}
+
+
+def _matching(names: list[str], wanted: tuple[str, ...] | str, known: list[str]) -> list[str]:
+    """PEFT's rules: a string is a regular expression for the whole name, a list holds suffixes of it."""
+    if isinstance(wanted, str):
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise RecipeError(f"adapter.target_modules: {wanted!r} is no regular expression: {error}") from error
+        return [name for name in names if pattern.fullmatch(name)]
+    matches = {suffix: [n for n in names if n == suffix or n.endswith(f".{suffix}")] for suffix in wanted}
+    for suffix, found in matches.items():
+        if not found:
+            near = difflib.get_close_matches(suffix, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the model has {', '.join(known)}"
+            raise RecipeError(f"adapter.target_modules: {suffix!r} matches no module of the model; {hint}")
+    chosen = {name for found in matches.values() for name in found}
+    return [name for name in names if name in chosen]
+
+
+def _full_size(parameter: nn.Parameter) -> int:
+    # A ZeRO-3 partition keeps the size of the whole in ds_numel; its own storage is empty.
+    return getattr(parameter, "ds_numel", None) or parameter.numel()

@@ -1,0 +1,63 @@
+"""The errors a user can meet. Each class carries the exit code that a launcher or a batch script sees.
+
+A message is one line: the value, the limit, the way out. Our own mistakes stay plain exceptions with a traceback.
+"""
+
+
+class AbbaError(Exception):
+    """Something the user, the cluster or the data did; shown as one line, without a traceback."""
+
+    exit_code = 1
+    subject = "abba"
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {super().__str__()}"
+
+
+class RecipeError(AbbaError):
+    """The recipe, an override or an argument cannot be used as written."""
+
+    exit_code = 64
+    subject = "recipe"
+
+
+class DataError(AbbaError):
+    """A dataset is missing, unreadable, or has rows that cannot be trained on."""
+
+    exit_code = 65
+    subject = "data"
+
+
+class CheckpointError(AbbaError):
+    """A base model, a training checkpoint or an adapter is missing, damaged or does not fit; or cannot be written."""
+
+    exit_code = 66
+    subject = "checkpoint"
+
+
+class NotFiniteError(AbbaError):
+    """A loss or a gradient was NaN or infinite; nothing was updated with it."""
+
+    exit_code = 70
+    subject = "not finite"
+
+
+class RankLostError(AbbaError):
+    """A rank died, hung, or the world is not the one the launcher promised."""
+
+    exit_code = 71
+    subject = "rank lost"
+
+
+class PreemptedError(AbbaError):
+    """The job was asked to stop and has saved; start it again to continue."""
+
+    exit_code = 75
+    subject = "preempted"
+
+
+class NoProgressError(AbbaError):
+    """Several starts in a row ended before a new checkpoint was written."""
+
+    exit_code = 76
+    subject = "no progress"

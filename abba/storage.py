@@ -1,0 +1,248 @@
+"""Files that are whole or absent: safetensors written and read in pieces, JSON, fsync and rename.
+
+The safetensors library's own writer holds a whole file in memory and its reader hides where bytes lie; sharded
+checkpoints need neither. The format is the library's, to the byte: https://github.com/huggingface/safetensors#format
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from abba.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+
+class Spec(NamedTuple):
+    """Shape and dtype of a tensor that is about to be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class FileEntry(NamedTuple):
+    """Size in bytes and SHA-256 of a file, computed while it was written."""
+
+    size: int
+    sha256: str
+
+
+class _HashingFile:
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by close_synced
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        data = memoryview(data).cast("B")
+        self._digest.update(data)
+        self._size += len(data)
+        while data:  # a raw file may take less than it is given
+            data = data[self._file.write(data) :]
+
+    def close_synced(self) -> FileEntry:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileEntry(self._size, self._digest.hexdigest())
+
+
+def write_safetensors(
+    path: Path, layout: Mapping[str, Spec], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+) -> FileEntry:
+    """Write tensors one at a time, in the order of `layout`, hashing on the way; the file is on disk on return."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, spec in layout.items():
+        stop = offset + math.prod(spec.shape) * spec.dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file = _HashingFile(path)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for (name, spec), tensor in zip(layout.items(), tensors, strict=True):
+        if tuple(tensor.shape) != tuple(spec.shape) or tensor.dtype != spec.dtype:
+            raise ValueError(f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, the layout says {spec}")
+        if tensor.numel():
+            file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return file.close_synced()
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in its file: dtype, shape and the offset of its first byte."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class SafetensorsFile:
+    """A safetensors file whose header was checked before anything is allocated; reads ranges with one pread each.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or its header does not describe exactly its bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+        try:
+            size = os.fstat(self._descriptor).st_size
+            self.metadata, self.tensors = self._parse_header(size)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of the flattened tensor `name`, as a new 1-D tensor on the CPU."""
+        stored = self.tensors[name]
+        stop = stored.numel if stop is None else stop
+        wanted = (stop - start) * stored.dtype.itemsize
+        if wanted == 0:
+            return torch.empty(0, dtype=stored.dtype)
+        data = os.pread(self._descriptor, wanted, stored.offset + start * stored.dtype.itemsize)
+        while len(data) < wanted:  # Linux returns at most 2 GiB from one call
+            more = os.pread(
+                self._descriptor, wanted - len(data), stored.offset + start * stored.dtype.itemsize + len(data)
+            )
+            if not more:
+                raise CheckpointError(f"{self.path}: ends inside tensor {name}; the file is truncated, fetch it again")
+            data += more
+        return torch.frombuffer(bytearray(data), dtype=stored.dtype)
+
+    def read_full(self, name: str) -> Tensor:
+        return self.read(name).view(self.tensors[name].shape)
+
+    def _parse_header(self, size: int) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"{self.path}: is truncated or no safetensors file ({size} bytes, its header would need {length + 8})"
+            )
+        try:
+            header = json.loads(os.pread(self._descriptor, length, 8))
+            metadata = header.pop("__metadata__", {})
+            spans = sorted((tuple(entry["data_offsets"]), name) for name, entry in header.items())
+            tensors, expected = {}, 0
+            for (begin, end), name in spans:
+                dtype, shape = DTYPES[header[name]["dtype"]], tuple(int(n) for n in header[name]["shape"])
+                if begin != expected or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"tensor {name} does not lie where its shape and neighbours say")
+                tensors[name] = StoredTensor(dtype, shape, 8 + length + begin)
+                expected = end
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: has a damaged header: {error}") from error
+        if 8 + length + expected != size:
+            raise CheckpointError(
+                f"{self.path}: is {size} bytes where its header describes {8 + length + expected}; "
+                "the file is truncated or damaged, fetch it again"
+            )
+        return metadata, tensors
+
+
+def write_json(path: Path, value: Any) -> FileEntry:
+    file = _HashingFile(path)
+    file.write((json.dumps(value, indent=2) + "\n").encode())
+    return file.close_synced()
+
+
+def read_json(path: Path) -> Any:
+    """Raises CheckpointError when the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+
+
+def hash_file(path: Path) -> FileEntry:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return FileEntry(size, digest.hexdigest())
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Give a finished directory its name; one that stands there already is replaced."""
+    sync_directory(temporary)
+    displaced = None
+    if final.exists():
+        displaced = final.with_name(f".{final.name}.replaced-{os.getpid()}")
+        os.rename(final, displaced)
+    os.rename(temporary, final)
+    sync_directory(final.parent)
+    if displaced is not None:
+        shutil.rmtree(displaced)
+
+
+def make_directory(path: Path, purpose: str) -> None:
+    """Create a directory that we are about to write to.
+
+    Raises:
+        CheckpointError: it cannot be created or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{purpose} {path}: cannot be written: {error.strerror}; choose another place or change its permissions"
+        ) from error

@@ -1,0 +1,156 @@
+"""Standalone adapters: stock PEFT computes what the native layers compute; damage and misuse are named."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from abba import AdapterConfig, inject, load_adapter, save_adapter
+from abba.adapter import files
+from abba.adapter.export import vllm_advice
+from abba.adapter.linear import abba_modules
+from abba.errors import CheckpointError
+from tests.models import FAMILIES, randomize_factors, tiny_model
+
+TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 128
+
+
+def adapted(family="llama", r1=4, r2=4, targets=None, **changes):
+    model = tiny_model(family)
+    config = AdapterConfig(r1, r2, 1.5, **({"target_modules": targets} if targets else {}), **changes)
+    inject(model, config)
+    randomize_factors(model)
+    return model, config
+
+
+def write(model, config, directory, format, dtype=torch.float32):
+    description = files.describe(model, config, format, None)
+    modules = abba_modules(model)
+    return files.write_adapter(directory, description, lambda name: modules[name].factors, dtype)
+
+
+def peft_logits(family, directory):
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a missing key is only a warning in PEFT
+        return PeftModel.from_pretrained(tiny_model(family), directory).eval()(TOKENS).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("format", ["loha", "lora"])
+@pytest.mark.parametrize("ranks", [(4, 4), (6, 2), (2, 5)])
+def test_stock_peft_gives_the_native_logits(tmp_path, family, format, ranks):
+    model, config = adapted(family, *ranks)
+    write(model, config, tmp_path / "adapter", format)
+    native = model(TOKENS).logits
+    assert (native - tiny_model(family)(TOKENS).logits).abs().max() > 0.1, "the adapter must matter"
+    torch.testing.assert_close(peft_logits(family, tmp_path / "adapter"), native, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "targets, changes",
+    [("all-linear", {}), (r".*\.(q|v)_proj", {}), (("up_proj",), {"layer_range": (1, 2)}), (("mlp.up_proj",), {})],
+)
+def test_every_way_to_name_targets_means_the_same_to_peft(tmp_path, targets, changes):
+    model, config = adapted("llama", 3, 3, targets, **changes)
+    write(model, config, tmp_path / "adapter", "loha")
+    torch.testing.assert_close(peft_logits("llama", tmp_path / "adapter"), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_loha_holds_the_factors_bit_for_bit_and_loads_back(tmp_path):
+    model, _ = adapted(r1=5, r2=3)
+    summary = save_adapter(model, tmp_path / "adapter")
+    assert summary.tensors == 14 * 4 and not summary.changes_nothing
+    plain = tiny_model()
+    load_adapter(plain, tmp_path / "adapter")
+    injected = tiny_model()
+    inject(injected, AdapterConfig(5, 3, 9.0))
+    load_adapter(injected, tmp_path / "adapter")
+    for name, module in abba_modules(model).items():
+        for other in (abba_modules(plain)[name], abba_modules(injected)[name]):
+            assert all(torch.equal(a, b) for a, b in zip(module.factors, other.factors, strict=True))
+    assert torch.equal(plain(TOKENS).logits, model(TOKENS).logits)
+    assert torch.equal(injected(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_bfloat16_loha_rounds_each_factor_once(tmp_path):
+    model, config = adapted()
+    write(model, config, tmp_path / "adapter", "loha", torch.bfloat16)
+    stored = load_file(tmp_path / "adapter" / files.WEIGHTS)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.hada_w1_a"
+    assert torch.equal(stored[key], model.model.layers[0].self_attn.q_proj.B1.bfloat16())
+
+
+def test_an_adapter_that_does_nothing_is_reported(tmp_path):
+    model = tiny_model()
+    inject(model, AdapterConfig(2, 2))
+    assert save_adapter(model, tmp_path / "adapter").changes_nothing
+
+
+def test_nothing_is_overwritten_or_left_half_written(tmp_path):
+    model, _ = adapted()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        save_adapter(model, tmp_path / "adapter")
+    model.model.layers[0].mlp.up_proj.B1.data[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        save_adapter(model, tmp_path / "other")
+    assert [p.name for p in tmp_path.rglob("*")] == ["adapter", "mine.txt"]
+    save_adapter(adapted()[0], tmp_path / "adapter", overwrite=True)
+    assert not (tmp_path / "adapter" / "mine.txt").exists()
+
+
+def damage_tensor(directory, change):
+    tensors = load_file(directory / files.WEIGHTS)
+    change(tensors)
+    save_file(tensors, directory / files.WEIGHTS, {"format": "pt"})
+
+
+def damage_json(directory, name, **changes):
+    path = directory / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+KEY = "base_model.model.model.layers.1.mlp.down_proj.hada_w2_b"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda d: damage_tensor(d, lambda t: t.pop(KEY)), "down_proj.hada_w2_b is missing"),
+        (lambda d: damage_tensor(d, lambda t: t.update({KEY: t[KEY][:, :3].clone()})), "(4, 3), its module needs"),
+        (lambda d: damage_tensor(d, lambda t: t[KEY].mul_(float("inf"))), "NaN or infinity"),
+        (lambda d: damage_tensor(d, lambda t: t.update(extra=t[KEY].clone())), "extra is missing or does not belong"),
+        (lambda d: damage_json(d, files.PEFT_CONFIG, alpha=1.0), "alpha is 1.0 where abba_config.json means"),
+        (lambda d: damage_json(d, files.ABBA_CONFIG, format_version=9), "version 9"),
+        (lambda d: damage_json(d, files.ABBA_CONFIG, config={}, modules=3), "does not describe an adapter"),
+        (lambda d: (d / files.ABBA_CONFIG).write_text("{"), "is not JSON"),
+        (lambda d: (d / files.ABBA_CONFIG).unlink(), "is not an ABBA adapter"),
+        (lambda d: (d / files.WEIGHTS).write_bytes(b"\x00" * 40), "cannot be opened"),
+        (lambda d: (d / files.WEIGHTS).unlink(), "cannot be opened"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, message):
+    model, _ = adapted()
+    save_adapter(model, tmp_path / "adapter")
+    damage(tmp_path / "adapter")
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(tiny_model(), tmp_path / "adapter")
+    assert message in str(error.value)
+
+
+def test_the_lora_form_cannot_be_loaded_back_and_says_why(tmp_path):
+    model, config = adapted()
+    write(model, config, tmp_path / "adapter", "lora")
+    with pytest.raises(CheckpointError, match="--format loha"):
+        load_adapter(tiny_model(), tmp_path / "adapter")
+
+
+def test_vllm_advice_names_the_flag_or_the_limit():
+    assert "--max-lora-rank 256" in vllm_advice(AdapterConfig(16, 16))
+    assert "--max-lora-rank 64" in vllm_advice(AdapterConfig(6, 6))
+    assert "above vLLM's limit" in vllm_advice(AdapterConfig(32, 32))
