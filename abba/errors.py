@@ -3,6 +3,8 @@
 A message is one line: the value, the limit, the way out. Our own mistakes stay plain exceptions with a traceback.
 """
 
+import sys
+
 
 class AbbaError(Exception):
     """Something the user, the cluster or the data did; shown as one line, without a traceback."""
@@ -61,3 +63,9 @@ class NoProgressError(AbbaError):
 
     exit_code = 76
     subject = "no progress"
+
+
+def exit_with(error: AbbaError, prefix: str = "") -> int:
+    """Print an error as one line on stderr and return its exit code."""
+    print(f"{prefix}{error}", file=sys.stderr, flush=True)
+    return error.exit_code

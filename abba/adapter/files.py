@@ -166,7 +166,7 @@ def read_factors(directory: Path) -> tuple[AdapterDescription, dict[str, Factors
         )
     verify_adapter(directory)
     with _opened(directory / WEIGHTS) as file:
-        read = {key: file.get_tensor(key) for key in file.keys()}
+        read = {key: file.get_tensor(key) for key in _shapes(description)}
     return description, {name: export.factors_from_loha(read, name, description.config) for name in description.modules}
 
 

@@ -15,11 +15,15 @@ from abba.errors import RecipeError
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What was changed: names of the replaced modules, and how many elements train or stay frozen."""
+    """What was changed: the replaced modules, each with its (out, in), and how many elements train or are frozen."""
 
-    replaced: tuple[str, ...]
+    shapes: dict[str, tuple[int, int]]
     trainable_parameters: int
     frozen_parameters: int
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        return tuple(self.shapes)
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Linear]:
@@ -83,7 +87,8 @@ def inject(
         AbbaLinear.adopt(linear, given, config)
     trainable = sum(_full_size(p) for p in model.parameters() if p.requires_grad)
     frozen = sum(_full_size(p) for p in model.parameters() if not p.requires_grad)
-    return InjectionReport(tuple(targets), trainable, frozen)
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in targets.items()}
+    return InjectionReport(shapes, trainable, frozen)
 
 
 def layer_index(name: str) -> int | None:

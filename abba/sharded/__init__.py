@@ -1,0 +1,1 @@
+"""ZeRO-3: the only room that imports deepspeed."""

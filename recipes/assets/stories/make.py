@@ -47,15 +47,15 @@ def answer(fact: Fact, thing: str, result: int) -> str:
     return f"There are {x} {operation} {y} = <<{x}{operation}{y}={result}>>{result} {thing}.\n#### {result}"
 
 
-def result_unknown(rng: random.Random, fact: Fact) -> dict[str, str]:
-    """The start and the change are given, in either order, so that the numbers must be read and not just copied."""
+def result_unknown(rng: random.Random, fact: Fact, in_order: bool = False) -> dict[str, str]:
+    """The start and the change are given, in either order unless `in_order`."""
     operation, x, y = fact
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     past = rng.random() < 0.5
     verb = rng.choice(GAINS if operation == "+" else LOSSES)[1 if past else 0]
     has, does = ("had", "did") if past else ("has", "does")
     change = f"{y} more" if operation == "+" else f"{y}"
-    if rng.random() < 0.5:
+    if in_order or rng.random() < 0.5:
         story = f"{name} {has} {x} {thing}. Then {name} {verb} {change}."
     else:
         story = f"{name} {verb} {change}. At first {name} had {x} {thing}."

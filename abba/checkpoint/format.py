@@ -1,0 +1,224 @@
+"""A training checkpoint on disk, and when it counts.
+
+    checkpoints/step-000100/
+        shard-00000-of-00002.safetensors   one per rank: its slice of every trainable tensor, flattened, as
+        shard-00001-of-00002.safetensors   `master/NAME` in fp32 and the Adam moments `exp_avg/NAME`, `exp_avg_sq/NAME`;
+                                           the rank's random state as `rng/cpu`, `rng/cuda`
+        state.json                         step, adapter, tensor shapes, fingerprints
+        manifest.json                      size and SHA-256 of every other file; written last
+
+Written into step-000100.tmp/ and renamed when every file is on disk, so that a directory of that name is whole. The
+frozen base is never in it.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abba.checkpoint.slices import overlapping, slice_bounds
+from abba.errors import CheckpointError
+from abba.storage import (
+    FileEntry,
+    SafetensorsFile,
+    Spec,
+    hash_file,
+    publish_directory,
+    read_json,
+    sync_directory,
+    write_json,
+    write_safetensors,
+)
+
+FORMAT_VERSION = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+def step_directory(root: Path, step: int) -> Path:
+    return root / f"step-{step:06d}"
+
+
+def temporary_directory(final: Path) -> Path:
+    return final.with_name(final.name + ".tmp")
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def write_shard(directory: Path, rank: int, world_size: int, slices: Iterable[tuple[str, Tensor]]) -> FileEntry:
+    """Write one rank's slices, as `KIND/NAME` and a 1-D tensor each; on disk when it returns."""
+    tensors = dict(slices)
+    layout = {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    metadata = {"format": "abba-slices", "rank": str(rank), "world_size": str(world_size)}
+    try:
+        return write_safetensors(directory / shard_name(rank, world_size), layout, tensors.values(), metadata)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: shard of rank {rank} cannot be written: {error.strerror}") from error
+
+
+def commit(final: Path, state: Mapping[str, Any], shards: list[FileEntry]) -> None:
+    """Called by one rank once every rank's shard is on disk: state, manifest, rename."""
+    temporary = temporary_directory(final)
+    world_size = len(shards)
+    files = {shard_name(rank, world_size): entry for rank, entry in enumerate(shards)}
+    try:
+        files[STATE] = write_json(temporary / STATE, {"format_version": FORMAT_VERSION, **state})
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": state["step"],
+            "world_size": world_size,
+            "files": {name: entry._asdict() for name, entry in files.items()},
+        }
+        write_json(temporary / MANIFEST, manifest)
+        publish_directory(temporary, final)
+    except OSError as error:
+        raise CheckpointError(f"{final}: cannot be written: {error.strerror}") from error
+
+
+def verify(directory: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: names the file that is missing, extra or changed.
+    """
+    files = _manifest_files(directory)
+    present = {path.name for path in directory.iterdir()}
+    for name in sorted(present ^ (files.keys() | {MANIFEST})):
+        raise CheckpointError(f"{directory / name}: {'is not in the manifest' if name in present else 'is missing'}")
+    for name, entry in files.items():
+        actual = hash_file(directory / name)
+        if actual != entry:
+            what = f"{actual.size} bytes, not {entry.size}" if actual.size != entry.size else "its SHA-256 differs"
+            raise CheckpointError(f"{directory / name}: is damaged: {what}")
+
+
+def newest_valid(root: Path, report: Callable[[str], None]) -> Path | None:
+    """The checkpoint of the highest step that verifies; each newer one that does not is reported by name."""
+    for directory in reversed(list_checkpoints(root)):
+        try:
+            verify(directory)
+            return directory
+        except CheckpointError as error:
+            report(f"skipped {directory.name}: {error}")
+    return None
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Committed checkpoint directories in the order of their steps, verified or not."""
+    found = [(int(match[1]), path) for path in _children(root) if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def rotate(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; called right after a commit, so the newest is valid."""
+    for directory in list_checkpoints(root)[:-keep]:
+        # Renamed first: a name that is listed always stands for a whole checkpoint.
+        doomed = temporary_directory(directory)
+        directory.rename(doomed)
+        shutil.rmtree(doomed)
+    if root.is_dir():
+        sync_directory(root)
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """state.json: what a checkpoint holds and what made it."""
+
+    step: int
+    world_size: int
+    seed: int
+    base_model: str
+    adapter: dict[str, Any]
+    modules: dict[str, tuple[int, int]]  # name -> (out, in)
+    tensors: dict[str, tuple[int, ...]]  # trainable tensor -> full shape
+    fingerprint: dict[str, Any]
+    software: dict[str, str]
+
+
+def read_state(directory: Path) -> CheckpointState:
+    """Raises CheckpointError when the directory is no checkpoint of this format."""
+    if not (directory / MANIFEST).is_file():
+        raise CheckpointError(f"{directory}: is no checkpoint: it has no {MANIFEST}")
+    raw = read_json(directory / STATE)
+    try:
+        if raw.pop("format_version") != FORMAT_VERSION:
+            raise ValueError(f"only version {FORMAT_VERSION} can be read")
+        raw["modules"] = {name: tuple(map(int, shape)) for name, shape in raw["modules"].items()}
+        raw["tensors"] = {name: tuple(map(int, shape)) for name, shape in raw["tensors"].items()}
+        return CheckpointState(**raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{directory / STATE}: does not describe a checkpoint: {error}") from error
+
+
+class ShardReader:
+    """Full tensors, or any range of them, from the shards of a checkpoint; one pread per shard and range."""
+
+    def __init__(self, directory: Path, state: CheckpointState) -> None:
+        self._state = state
+        with ExitStack() as stack:
+            self._shards = [
+                stack.enter_context(SafetensorsFile(directory / shard_name(rank, state.world_size)))
+                for rank in range(state.world_size)
+            ]
+            self._check_layout()
+            self._close = stack.pop_all()
+
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close.close()
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """The full fp32 tensor `name`; `kind` is one of KINDS."""
+        shape = self._state.tensors[name]
+        return self.read_range(kind, name, 0, torch.Size(shape).numel()).view(shape)
+
+    def read_range(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor."""
+        numel = torch.Size(self._state.tensors[name]).numel()
+        pieces = overlapping(numel, self._state.world_size, start, stop)
+        return torch.cat([self._shards[rank].read(f"{kind}/{name}", low, high) for rank, low, high in pieces])
+
+    def _check_layout(self) -> None:
+        for rank, shard in enumerate(self._shards):
+            for kind in KINDS:
+                for name, shape in self._state.tensors.items():
+                    low, high = slice_bounds(torch.Size(shape).numel(), rank, self._state.world_size)
+                    stored = shard.tensors.get(f"{kind}/{name}")
+                    if stored is None or stored.numel != high - low or stored.dtype != torch.float32:
+                        raise CheckpointError(
+                            f"{shard.path}: {kind}/{name} should hold {high - low} fp32 values, it has {stored}"
+                        )
+
+
+def _manifest_files(directory: Path) -> dict[str, FileEntry]:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: is no directory")
+    raw = read_json(directory / MANIFEST)
+    try:
+        if raw["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"only version {FORMAT_VERSION} can be read")
+        files = {name: FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
+        expected = {shard_name(rank, raw["world_size"]) for rank in range(int(raw["world_size"]))} | {STATE}
+        if files.keys() != expected:
+            raise ValueError(f"it does not list exactly the {raw['world_size']} shards and {STATE}")
+        match = _STEP.fullmatch(directory.name.removesuffix(".tmp"))
+        if match and int(match[1]) != raw["step"]:
+            raise ValueError(f"it belongs to step {raw['step']}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{directory / MANIFEST}: is not its manifest: {error}") from error
+    return files
+
+
+def _children(root: Path) -> Iterator[Path]:
+    return iter(root.iterdir()) if root.is_dir() else iter(())

@@ -1,0 +1,106 @@
+"""The ZeRO-3 engine: base partitioned, factors and 1-D tensors replicated, masters exact, state as slices."""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state, safe_set_local_fp32_param
+from torch import Tensor, nn
+
+from abba.checkpoint.slices import slice_bounds
+
+
+def engine_config(
+    dtype: torch.dtype, micro_batch: int, accumulation: int, max_grad_norm: float, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A DeepSpeed configuration; `extra` is the recipe's own `deepspeed:` section, without OWNED_KEYS."""
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            # Only factors have gradients: DeepSpeed's 5e8 elements would hold 1 GB per rank for nothing.
+            "reduce_bucket_size": 5_000_000,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 1_000_000_000,
+    }
+    return _merged(config, extra)
+
+
+def start_engine(
+    model: nn.Module, config: Mapping[str, Any], adam: Mapping[str, Any], masters: Mapping[str, Tensor]
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap an injected, partitioned model.
+
+    Args:
+        adam: arguments of torch.optim.AdamW.
+        masters: full fp32 value of every trainable parameter by name. DeepSpeed builds its masters from the bf16
+            parameters, which would round an fp32 initialisation; they are set here from the unrounded values.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = {"fused": True} if next(model.parameters()).device.type == "cuda" else {}
+    optimizer = torch.optim.AdamW(trainable, **adam, **fused)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepcopy(dict(config)))
+    _replicate(engine)
+    for name, parameter in trainable_parameters(engine):
+        _set_master(parameter, masters[name].flatten())
+    return engine
+
+
+def trainable_parameters(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
+    """(name in the model, parameter) of everything that trains, in the model's order."""
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def local_slices(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of the training state: `KIND/NAME` and a 1-D fp32 tensor without padding. No communication."""
+    for name, parameter in trainable_parameters(engine):
+        start, stop = _bounds(parameter)
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            if kind == "master":
+                value = safe_get_local_fp32_param(parameter)
+            else:
+                value = safe_get_local_optimizer_state(parameter, kind)
+            yield f"{kind}/{name}", value[: stop - start].detach().float().cpu().clone()
+
+
+def _bounds(parameter: nn.Parameter) -> tuple[int, int]:
+    return slice_bounds(parameter.ds_numel, parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size)
+
+
+def _set_master(parameter: nn.Parameter, full: Tensor) -> None:
+    start, stop = _bounds(parameter)
+    local = torch.zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device)
+    local[: stop - start] = full[start:stop]
+    safe_set_local_fp32_param(parameter, local)
+
+
+def _replicate(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Keep factors and 1-D tensors whole on every rank.
+
+    DeepSpeed persists by size alone. At 70B a factor has up to 458,752 elements, so its default threshold of 1e5 keeps
+    1.3% of them, and a threshold large enough for all might keep small base matrices too; hence by name.
+    """
+    persistent = engine.optimizer.parameter_offload.persistent_parameters
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad or len(parameter.ds_shape) == 1:
+            parameter.ds_persist = True
+            persistent.append(parameter)
+    persistent[0].all_gather(persistent)
+
+
+def _merged(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return merged

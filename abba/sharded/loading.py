@@ -1,0 +1,213 @@
+"""Base weights under ZeRO-3: every rank reads its own slice of every tensor, and nobody sends or holds a whole model.
+
+A parameter is partitioned the moment it is created, uninitialised; then rank r of N fills its partition with elements
+[r*part, (r+1)*part) of the flattened tensor, which are one contiguous range of the safetensors file.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import Init
+from torch import Tensor, nn
+
+from abba.checkpoint.slices import slice_bounds
+from abba.errors import CheckpointError
+from abba.storage import SafetensorsFile, StoredTensor, read_json
+
+SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class _PartitionWithoutBroadcast(Init):
+    """zero.Init sends rank 0's uninitialised values of every new parameter to all; ours are read from disk instead."""
+
+    def _zero_init_param(self, param: nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+@contextmanager
+def partitioned_from_birth(engine_config: dict, dtype: torch.dtype) -> Iterator[None]:
+    """Parameters created within are ZeRO-3 partitions with undefined values."""
+    with _PartitionWithoutBroadcast(config_dict_or_path=engine_config, dtype=dtype):
+        yield
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was read. Tensors, elements and checksum over all ranks; bytes by this rank; tensors that have no use."""
+
+    tensors: int
+    elements: int
+    checksum: int
+    bytes_read: int
+    ignored: tuple[str, ...]
+
+
+class BaseCheckpoint:
+    """The safetensors files of a base model and where each tensor lies in them.
+
+    Raises:
+        CheckpointError: no safetensors (a pickle-only base is refused), a file of the index is missing or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with ExitStack() as stack:
+            self.files = {name: stack.enter_context(SafetensorsFile(directory / name)) for name in self._file_names()}
+            self._place = {tensor: file for file in self.files.values() for tensor in file.tensors}
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "BaseCheckpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._place)
+
+    def stored(self, name: str) -> StoredTensor:
+        return self._place[name].tensors[name]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        return self._place[name].read(name, start, stop)
+
+    def _file_names(self) -> list[str]:
+        if (self.directory / SINGLE_FILE).is_file():
+            return [SINGLE_FILE]
+        if (self.directory / INDEX).is_file():
+            index = read_json(self.directory / INDEX)
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+            unsafe = [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", str(name))]
+            if unsafe or not names:
+                raise CheckpointError(f"{self.directory / INDEX}: does not map tensors to safetensors files beside it")
+            return names
+        pickles = sorted(path.name for path in self.directory.glob("*.bin"))
+        if pickles:
+            raise CheckpointError(
+                f"{self.directory}: has only {pickles[0]}, a pickle, which can run code when opened; "
+                "fetch the safetensors of this model, or convert it on a machine you can lose"
+            )
+        raise CheckpointError(f"{self.directory}: holds neither {SINGLE_FILE} nor {INDEX}")
+
+
+def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> LoadReport:
+    """Fill this rank's partitions of a partitioned model from the safetensors files in `directory`.
+
+    Every tensor of the files is consumed exactly once or named in the report; afterwards the checksum of what is
+    resident, summed over ranks, must equal that of what was read, which covers every element of the files once.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape; a file is truncated; the checksums differ.
+    """
+    with BaseCheckpoint(directory) as checkpoint:
+        places = _match_names(model, checkpoint)
+        read_sum, bytes_read, elements = 0, 0, 0
+        for name, parameter in places.parameters.items():
+            start, stop = slice_bounds(parameter.ds_numel, rank, world_size)
+            values = checkpoint.read(name, start, stop)
+            bytes_read += values.nbytes
+            elements += values.numel()
+            values = values.to(parameter.ds_tensor.dtype)
+            read_sum += _bit_sum(values)
+            parameter.ds_tensor.data[: values.numel()].copy_(values)
+            parameter.ds_tensor.data[values.numel() :].zero_()
+        for name, buffer in places.buffers.items():
+            buffer.copy_(checkpoint.read(name, 0, buffer.numel()).view(buffer.shape))
+    resident_sum = sum(
+        _bit_sum(p.ds_tensor.data[: stop - start])
+        for p in places.parameters.values()
+        for start, stop in [slice_bounds(p.ds_numel, rank, world_size)]
+    )
+    totals = torch.tensor([elements, read_sum, resident_sum], device=next(model.parameters()).device)
+    dist.all_reduce(totals)
+    elements, read_sum, resident_sum = totals.tolist()
+    expected = sum(p.ds_numel for p in places.parameters.values())
+    if elements != expected or read_sum != resident_sum:
+        raise CheckpointError(
+            f"{directory}: {elements} of {expected} elements were loaded, with checksum {resident_sum} instead of "
+            f"{read_sum}; "
+            "the disk or the memory of a node is faulty"
+        )
+    return LoadReport(len(places.parameters), elements, resident_sum, bytes_read, tuple(places.ignored))
+
+
+@dataclass
+class _Places:
+    parameters: dict[str, nn.Parameter]  # by the name in the file
+    buffers: dict[str, Tensor]
+    ignored: list[str]
+
+
+def _match_names(model: nn.Module, checkpoint: BaseCheckpoint) -> _Places:
+    """Pair the model's parameters with the files' tensors, and account for every one of both."""
+    aliases: dict[int, list[str]] = {}  # tied parameters have several names
+    by_id: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+        by_id[id(parameter)] = parameter
+    left, places, missing = checkpoint.names, _Places({}, {}, []), []
+    for key, names in aliases.items():
+        found = [name for name in names if name in left]
+        if not found:
+            missing.append(names[0])
+            continue
+        _check_shape(checkpoint, found[0], by_id[key].ds_shape)
+        places.parameters[found[0]] = by_id[key]
+        places.ignored += [f"{name} (tied to {found[0]})" for name in found[1:]]
+        left -= set(found)
+    for name, buffer in _persistent_buffers(model).items():
+        if name in left:
+            _check_shape(checkpoint, name, buffer.shape)
+            places.buffers[name] = buffer
+            left.discard(name)
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(missing)} tensors of the model are missing, such as {missing[0]}; "
+            "the files are incomplete or of another architecture"
+        )
+    harmless = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    harmless.append(re.compile(r"rotary_emb\.inv_freq$"))  # recomputed; written by early Llama conversions
+    for name in sorted(left):
+        if not any(pattern.search(name) for pattern in harmless):
+            raise CheckpointError(
+                f"{checkpoint.directory}: {len(left)} tensors have no place in the model, such as {name}; "
+                "config.json is of another architecture"
+            )
+        places.ignored.append(f"{name} (not used by this architecture)")
+    return places
+
+
+def _check_shape(checkpoint: BaseCheckpoint, name: str, shape: torch.Size) -> None:
+    stored = checkpoint.stored(name)
+    if tuple(stored.shape) != tuple(shape):
+        raise CheckpointError(
+            f"{checkpoint.directory}: {name} is {stored.shape} in the file and {tuple(shape)} in the model; "
+            "config.json and the weights do not belong together"
+        )
+    if not stored.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {name} is stored as {stored.dtype}; only bf16, fp16 and fp32 bases can be trained"
+        )
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _bit_sum(values: Tensor) -> int:
+    """Sum of the values' bit patterns as integers: exact, and the same in any order."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return int(values.detach().view(whole).sum(dtype=torch.int64))

@@ -1,0 +1,23 @@
+"""What a recipe's `deepspeed:` section may not set, and where to set it instead. Imports nothing."""
+
+# Keys of a DeepSpeed configuration that follow from the recipe; `deepspeed:` may not set them a second time.
+OWNED_KEYS = {
+    "train_batch_size": "set train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "set train.per_device_train_batch_size",
+    "gradient_accumulation_steps": "it follows from train.global_batch_size and the number of ranks",
+    "gradient_clipping": "set train.max_grad_norm",
+    "bf16": "set model.dtype",
+    "fp16": "set model.dtype; fp16 training is not supported",
+    "optimizer": "set train.learning_rate and its neighbours; the optimizer is AdamW",
+    "scheduler": "set train.lr_scheduler_type",
+    "activation_checkpointing": "set train.gradient_checkpointing",
+    "data_types": "gradients are accumulated in fp32",
+    "communication_data_type": "gradients are reduced in fp32",
+    "zero_optimization.stage": "the base is always sharded, stage 3",
+    "zero_optimization.stage3_param_persistence_threshold": "replicated are the factors and the 1-D tensors, by name",
+    "zero_optimization.zero_hpz_partition_size": "sharded loading does not fill its secondary copy yet",
+    "zero_optimization.zero_quantized_weights": "it would quantise the frozen base silently",
+    "zero_optimization.zero_quantized_nontrainable_weights": "it would quantise the frozen base silently",
+    "zero_optimization.zero_quantized_gradients": "gradients are reduced in fp32",
+    "zero_optimization.offload_optimizer": "the optimizer state of an adapter is small; checkpoints read it in place",
+}

@@ -1,0 +1,50 @@
+"""Joining the other ranks."""
+
+import os
+import socket
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from abba.errors import RankLostError
+from abba.sharded.ranks import Ranks
+
+
+def start_process_group(ranks: Ranks) -> torch.device:
+    """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device.
+
+    Raises:
+        RankLostError: the group has another size than the launcher promised, or its address is unknown.
+    """
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise RankLostError(f"{name} is not set for {ranks.world_size} ranks under {ranks.launcher}; export it")
+    variables = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # Its shared-memory collective is compiled with g++ at the first use, and gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+    else:
+        accelerator.set_device(ranks.local_rank)
+    backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    if dist.get_world_size() != ranks.world_size or dist.get_rank() != ranks.rank:
+        raise RankLostError(
+            f"joined as rank {dist.get_rank()} of {dist.get_world_size()} where {ranks.launcher} promised "
+            f"{ranks.rank} of {ranks.world_size}; is the MPI that started us the one we were built for?"
+        )
+    return torch.device(accelerator.device_name(ranks.local_rank) if accelerator.device_name() != "cpu" else "cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

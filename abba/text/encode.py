@@ -1,0 +1,32 @@
+"""From text to token ids, the same for training and scoring."""
+
+from typing import Any
+
+from abba.errors import DataError
+from abba.text.prompt import render_prompt
+
+
+def encode_prompt(tokenizer: Any, instructions: list[str]) -> list[list[int]]:
+    """Token ids of rendered prompts, with BOS once where the tokenizer has it, never with EOS."""
+    encoded = tokenizer([render_prompt(text) for text in instructions]).input_ids
+    eos = tokenizer.eos_token_id
+    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in encoded]
+
+
+def encode_response(tokenizer: Any, responses: list[str]) -> list[list[int]]:
+    """Token ids of responses, ending in EOS.
+
+    Encoded apart from the prompt, so that a prompt's ids are the same in training and in scoring.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token; a model trained without one never stops")
+    encoded = tokenizer([text.strip() for text in responses], add_special_tokens=False).input_ids
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id to pad with. Where a tokenizer has no pad token, as Llama's, EOS serves.
+
+    Labels are masked by length and never by id, so a padding EOS cannot hide the one that ends a response.
+    """
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

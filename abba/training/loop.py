@@ -1,0 +1,201 @@
+"""The loop and the step, nothing else."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from abba.adapter.linear import bypass
+from abba.errors import NotFiniteError
+from abba.sharded.ranks import Ranks
+from abba.training.batches import BatchPlan, MicroBatch, collate
+from abba.training.loss import token_loss_sum
+from abba.training.metrics import Reporter, peak_memory_bytes
+from abba.training.tokens import TokenizedRows
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The training rows as this rank sees them: tokens, plan, and how to pad."""
+
+    data: TokenizedRows
+    plan: BatchPlan
+    padding: int
+    ranks: Ranks
+    device: torch.device
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        rows_of_mine = self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)
+        return [collate(self.data, rows, self.padding, self.device) for rows in rows_of_mine]
+
+
+def train(
+    engine: Any,
+    stream: Stream,
+    *,
+    steps: int,
+    learning_rate: Callable[[int], float],
+    reporter: Reporter,
+    save: Callable[[int], dict[str, float]],
+    save_steps: int | None,
+    evaluate: Callable[[], float] | None,
+    eval_steps: int | None,
+) -> None:
+    """Run optimizer steps 0 .. steps-1. Collective.
+
+    Args:
+        learning_rate: rate of a step.
+        save: writes a checkpoint after so many steps; returns what to add to that step's metrics.
+        evaluate: the held-out loss, or None without held-out rows.
+
+    Raises:
+        NotFiniteError: a loss or gradient is NaN or infinite; on all ranks, before the update.
+    """
+    engine.train()
+    for step in range(steps):
+        started = time.monotonic()
+        batches = stream.micro_batches(step)
+        data_seconds = time.monotonic() - started
+
+        rate = learning_rate(step)
+        loss, slowest = optimizer_step(engine, stream, step, batches, rate, started, data_seconds)
+        step_seconds = time.monotonic() - started
+
+        done, rows = step + 1, stream.plan.global_rows(step)
+        tokens = stream.data.tokens(rows)
+        record = {
+            "step": done,
+            "epoch": round(stream.plan.epoch_at(done), 6),
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": float(engine.get_global_grad_norm()),
+            "tokens": tokens,
+            "supervised_tokens": stream.data.supervised_tokens(rows),
+            "tokens_per_second": tokens / step_seconds,
+            "step_seconds": step_seconds,
+            "data_seconds": data_seconds,
+            "peak_memory_bytes": peak_memory_bytes(stream.device),
+        }
+        if evaluate is not None and (done == steps or (eval_steps and done % eval_steps == 0)):
+            record["eval_loss"] = evaluate()
+        if done == steps or (save_steps and done % save_steps == 0):
+            record |= save(done)
+        reporter.step(record, slowest)
+
+
+def optimizer_step(
+    engine: Any,
+    stream: Stream,
+    step: int,
+    batches: list[MicroBatch],
+    rate: float,
+    started: float,
+    data_seconds: float,
+) -> tuple[float, str]:
+    """Forward, backward, check, update. Returns the loss of the global batch and a note on the slowest rank.
+
+    The update uses the gradient of (sum of token losses) / (supervised tokens of the global batch). DeepSpeed divides
+    by the accumulation steps and averages over ranks; both are undone here, so that the loss is the same for every
+    split of the global batch.
+    """
+    supervised = stream.data.supervised_tokens(stream.plan.global_rows(step))
+    undo = len(batches) * stream.ranks.world_size / supervised
+    loss_sum, bad_batch = 0.0, -1
+    for index, batch in enumerate(batches):
+        logits = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        loss = token_loss_sum(logits, batch.labels)
+        engine.backward(loss * undo)
+        value = float(loss.detach())
+        loss_sum += value
+        if bad_batch < 0 and not torch.isfinite(loss.detach()):
+            bad_batch = index
+        if index + 1 < len(batches):
+            engine.step()  # not at the boundary: only counts the micro-batch
+
+    # Every rank learns of every other's loss before anything is updated.
+    own = [loss_sum, bad_batch, time.monotonic() - started, data_seconds]
+    everyone = _gather(own, stream.device)
+    for rank, (_, bad, *_) in enumerate(everyone.tolist()):
+        if bad >= 0:
+            rows = stream.plan.micro_batches(step, rank, stream.ranks.world_size)[int(bad)]
+            raise NotFiniteError(
+                f"the loss of step {step + 1} on rank {rank}, dataset rows {_numbers(stream, rows)}, is not finite; "
+                "nothing was updated; look at these rows, or lower train.learning_rate"
+            )
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    engine.step()
+    if engine.optimizer.overflow:
+        rows = stream.plan.global_rows(step)
+        raise NotFiniteError(
+            f"the gradient of step {step + 1}, dataset rows {_numbers(stream, rows)}, is not finite; "
+            "nothing was updated; look at these rows, or lower train.learning_rate"
+        )
+    return float(everyone[:, 0].sum()) / supervised, _slowest(everyone)
+
+
+@torch.no_grad()
+def held_out_loss(engine: Any, stream: Stream, rows: list[int], batch_size: int) -> float:
+    """Mean token loss over held-out rows, shared among the ranks. Collective."""
+    groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    rounds = -(-len(groups) // stream.ranks.world_size)
+    loss_sum = 0.0
+    with _in_eval_mode(engine):
+        for turn in range(rounds):  # ZeRO-3 gathers weights together, so every rank runs every round
+            index = turn * stream.ranks.world_size + stream.ranks.rank
+            batch = collate(stream.data, groups[min(index, len(groups) - 1)], stream.padding, stream.device)
+            loss = _batch_loss(engine, batch)
+            loss_sum += loss if index < len(groups) else 0.0
+    return float(_gather([loss_sum], stream.device).sum()) / stream.data.supervised_tokens(rows)
+
+
+@torch.no_grad()
+def assert_delta_is_zero(engine: Any, stream: Stream) -> None:
+    """Before the first step the adapter must change nothing: the loss with and without it is the same to the bit."""
+    batch = stream.micro_batches(0)[0]
+    with _in_eval_mode(engine):
+        adapted = _batch_loss(engine, batch)
+        with bypass(engine.module):
+            plain = _batch_loss(engine, batch)
+    assert adapted == plain, f"delta W is not zero before the first step: loss {adapted!r}, without it {plain!r}"
+
+
+def _batch_loss(engine: Any, batch: MicroBatch) -> float:
+    logits = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return float(token_loss_sum(logits, batch.labels))
+
+
+@contextmanager
+def _in_eval_mode(engine: Any) -> Iterator[None]:
+    engine.eval()
+    try:
+        yield
+    finally:
+        engine.train()
+
+
+def _gather(values: list[float], device: torch.device) -> torch.Tensor:
+    """(world size, len(values)): every rank's values on every rank."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    return torch.stack(gathered).cpu()
+
+
+def _slowest(everyone: torch.Tensor) -> str:
+    seconds = everyone[:, 2]
+    if len(seconds) == 1:
+        return ""
+    rank = int(seconds.argmax())
+    return (
+        f"  slowest rank {rank} {seconds[rank]:.2f} s, data {everyone[rank, 3]:.2f} s, median {seconds.median():.2f} s"
+    )
+
+
+def _numbers(stream: Stream, rows: list[int]) -> str:
+    numbers = [str(int(stream.data.sources[row]) + 1) for row in rows]
+    return ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")

@@ -1,0 +1,81 @@
+"""What a run says: metrics.jsonl for programs; a progress bar on a terminal, plain lines elsewhere."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: on a GPU allocated by torch, on a CPU resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Reporter:
+    """Rank 0 writes and prints; the others keep silent.
+
+    Args:
+        path: metrics.jsonl, or None on the other ranks.
+        steps: of the whole run, for the bar and the ETA.
+        logging_steps: how often a plain line is printed where there is no terminal.
+    """
+
+    def __init__(self, path: Path | None, steps: int, logging_steps: int) -> None:
+        self._file = path.open("a") if path is not None else None
+        self._steps, self._logging_steps = steps, logging_steps
+        self._console = Console(soft_wrap=True, highlight=False) if path is not None else None
+        self._started, self._first_step = time.monotonic(), None
+        self._bar: Progress | None = None
+        if self._console is not None and self._console.is_terminal:
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("starting", total=steps)
+            self._bar.start()
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def say(self, line: str) -> None:
+        """One plain line, on rank 0."""
+        if self._console is not None:
+            self._console.print(line, markup=False)
+            sys.stdout.flush()
+
+    def step(self, record: dict[str, Any], note: str) -> None:
+        """A finished optimizer step; `record` goes to metrics.jsonl as it is."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        done = record["step"]
+        if self._first_step is None:
+            self._first_step = done - 1
+        short = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=short)
+        elif done % self._logging_steps == 0 or done in (self._first_step + 1, self._steps):
+            eta = (time.monotonic() - self._started) / (done - self._first_step) * (self._steps - done)
+            self.say(
+                f"step {done}/{self._steps}  {short}  lr {record['learning_rate']:.2e}  "
+                f"grad {record['grad_norm']:.3f}  {record['step_seconds']:.2f} s/step  ETA {_clock(eta)}{note}"
+            )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

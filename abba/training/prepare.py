@@ -1,0 +1,57 @@
+"""What must be there before ranks join: recipe checked, run directory, base model found, rows tokenised once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from abba.errors import RecipeError
+from abba.training.model import find_base, load_tokenizer
+from abba.training.recipe import DataSection, Recipe
+from abba.training.rows import RowSource
+from abba.training.run_directory import RunDirectory, wait_for
+from abba.training.tokens import prepare_tokens, tokens_path
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Micro-batches that each rank computes in a step.
+
+    Raises:
+        RecipeError: the global batch cannot be shared out evenly.
+    """
+    accumulation, rest = divmod(global_batch, micro_batch * world_size)
+    if rest or not accumulation:
+        fitting = [n for n in range(1, global_batch // micro_batch + 1) if (global_batch // micro_batch) % n == 0]
+        raise RecipeError(
+            f"train.global_batch_size: {global_batch} cannot be shared by {world_size} ranks in micro-batches of "
+            f"{micro_batch}; with these sizes the number of ranks can be {', '.join(map(str, fitting))}"
+        )
+    return accumulation
+
+
+def row_source(data: DataSection) -> RowSource:
+    fields = data.model_dump(exclude={"eval_rows"})
+    return RowSource(**fields)
+
+
+def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[RunDirectory, Path, Any, Path]:
+    """(run directory, base model's directory, tokenizer, tokens file).
+
+    Rank 0 writes, and fails, before any process group exists: nobody waits in a collective that would time out. The
+    others wait for the tokens file, whose name is a hash of what it is made from.
+
+    Raises:
+        CheckpointError: the base model cannot be found or output_dir not be used.
+        DataError: the dataset cannot be used.
+    """
+    directory = RunDirectory(recipe.output_dir)
+    base = find_base(recipe.model.name_or_path, recipe.model.revision)
+    tokenizer = load_tokenizer(base)
+    source = row_source(recipe.data)
+    if is_main:
+        directory.prepare(recipe.overwrite_output_dir, recipe.model_dump(mode="json"))
+    tokens = tokens_path(source, tokenizer, directory.tokens)
+    if not is_main:
+        wait_for(tokens, say)
+    elif not tokens.is_file():
+        prepare_tokens(source, tokenizer, tokens, say)
+    return directory, base, tokenizer, tokens

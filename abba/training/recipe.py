@@ -1,0 +1,207 @@
+"""The recipe: one YAML file describes one run. Strict types, every mistake reported at once."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from abba.adapter.config import SEVEN_LINEARS, AdapterConfig
+from abba.errors import RecipeError
+from abba.sharded.owned_keys import OWNED_KEYS
+from abba.training.yaml_file import read_recipe_file, suggestion
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    # strict: a text is never taken for a number; an int still passes for a float.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    name_or_path: str  # a directory, or a Hub name
+    revision: str | None = None  # a Hub commit, branch or tag
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+
+
+class AdapterSection(Section):
+    r1: Positive = 16
+    r2: Positive = 16
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 24.0
+    target_modules: list[str] | str = list(SEVEN_LINEARS)
+    layer_range: tuple[Count, Count] | None = None  # [first, stop): adapt these decoder layers only
+    init_from: str | None = None  # a saved adapter to start from, with a fresh optimizer
+
+    @field_validator("layer_range", mode="before")
+    @classmethod
+    def _list_is_a_range(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
+
+    @model_validator(mode="after")
+    def _is_an_adapter(self) -> "AdapterSection":
+        try:
+            self.config()
+        except RecipeError as error:
+            raise PydanticCustomError("adapter", "{why}", {"why": str(error).split(": ", 2)[-1]}) from error
+        return self
+
+    def config(self) -> AdapterConfig:
+        targets = self.target_modules if isinstance(self.target_modules, str) else tuple(self.target_modules)
+        return AdapterConfig(self.r1, self.r2, self.alpha, targets, self.layer_range)
+
+
+class DataSection(Section):
+    path: str  # a JSON, JSONL or Parquet file, or a Hub dataset
+    name: str | None = None  # a Hub dataset's configuration
+    revision: str | None = None
+    split: str = "train"
+    instruction_field: str = "question"
+    input_field: str | None = None  # appended to the instruction, as in Alpaca's rows
+    response_field: str = "answer"
+    max_length: Annotated[int, Field(ge=8)] = 512
+    max_rows: Positive | None = None
+    max_bad_rows: Count = 0  # rows that cannot be trained on: more than this ends the run
+    eval_rows: Count = 0  # held out for eval_loss, chosen by seed
+
+
+class TrainSection(Section):
+    global_batch_size: Positive
+    per_device_train_batch_size: Positive
+    learning_rate: Size
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Share = 0.0
+    num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    max_steps: Positive | None = None  # instead of num_train_epochs
+    weight_decay: Size = 0.0
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    max_grad_norm: Size = 1.0
+    gradient_checkpointing: Literal["non_reentrant", "reentrant", "none"] = "non_reentrant"
+    seed: Count = 42
+    eval_steps: Positive | None = None  # None: at the end only
+    per_device_eval_batch_size: Positive = 8
+    logging_steps: Positive = 10
+
+    def adam(self) -> dict[str, Any]:
+        """Arguments of torch.optim.AdamW."""
+        betas = (self.adam_beta1, self.adam_beta2)
+        return {"lr": self.learning_rate, "betas": betas, "eps": self.adam_epsilon, "weight_decay": self.weight_decay}
+
+    @model_validator(mode="after")
+    def _micro_batches_are_whole(self) -> "TrainSection":
+        if self.global_batch_size % self.per_device_train_batch_size:
+            raise PydanticCustomError(
+                "batch",
+                "global_batch_size {whole} is not a multiple of per_device_train_batch_size {micro}",
+                {"whole": self.global_batch_size, "micro": self.per_device_train_batch_size},
+            )
+        return self
+
+
+class CheckpointSection(Section):
+    save_steps: Positive | None = None  # None: at the end only
+    save_total_limit: Positive = 2
+
+
+class EvaluateSection(Section):
+    task: Literal["gsm8k"] = "gsm8k"
+    path: str
+    limit: Positive | None = None
+    batch_size: Positive = 32
+    max_new_tokens: Positive = 512
+
+
+class Recipe(Section):
+    """One run, resolved. Sections hold what their name says; `deepspeed` is passed on as it is."""
+
+    output_dir: str = ""
+    overwrite_output_dir: bool = False
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    deepspeed: dict[str, Any] = {}
+    evaluate: EvaluateSection | None = None
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _leaves_our_keys_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, way_out in OWNED_KEYS.items():
+            section, _, inner = key.partition(".")
+            if section in value and (not inner or (isinstance(value[section], dict) and inner in value[section])):
+                raise PydanticCustomError("owned", "{key} cannot be set here: {why}", {"key": key, "why": way_out})
+        return value
+
+
+def load_recipe(name: str, overrides: list[str], directory: Path) -> Recipe:
+    """Read a recipe by path, or by name from `directory`, and apply `section.key=value` overrides.
+
+    Raises:
+        RecipeError: one line per mistake; all of them.
+    """
+    path = find_recipe(name, directory)
+    raw = read_recipe_file(path, overrides)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, path)) from None
+    if not recipe.output_dir:
+        recipe = recipe.model_copy(update={"output_dir": f"runs/{path.stem}"})
+    return recipe
+
+
+def find_recipe(name: str, directory: Path) -> Path:
+    """A path as given, or a name in `directory` with or without .yaml."""
+    candidates = [Path(name), directory / name, directory / f"{name}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.stem for path in directory.glob("*.yaml"))
+    raise RecipeError(
+        f"{name!r}: no such recipe file, nor one of this name in {directory}{suggestion(Path(name).stem, known)}; "
+        f"there are {', '.join(known)}"
+    )
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    lines = []
+    for mistake in error.errors(include_url=False):
+        where = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith(("list[", "str", "tuple")))
+        lines.append(f"{where}: {_reason(mistake, where)}" if where else _reason(mistake, where))
+    unique = list(dict.fromkeys(lines))
+    if len(unique) == 1:
+        return f"{path}: {unique[0]}"
+    return f"{path}: {len(unique)} mistakes:\n" + "\n".join(f"  {line}" for line in unique)
+
+
+def _reason(mistake: dict[str, Any], where: str) -> str:
+    kind, value, context = mistake["type"], mistake.get("input"), mistake.get("ctx", {})
+    if kind == "extra_forbidden":
+        section = _fields_of(where.rpartition(".")[0])
+        return f"unknown key{suggestion(where.rpartition('.')[2], section)}; known here: {', '.join(section)}"
+    if kind == "missing":
+        return "is required"
+    if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
+        wanted = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}[kind]
+        return f"{value!r} is text, not {wanted}; write it without quotes"
+    if kind in ("adapter", "batch", "owned"):
+        return mistake["msg"]
+    if kind == "literal_error":
+        return f"{value!r} is not one of {context['expected']}"
+    return f"{value!r}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}"
+
+
+def _fields_of(section: str) -> list[str]:
+    model: type[BaseModel] | None = Recipe
+    for part in filter(None, section.split(".")):
+        field = model.model_fields.get(part) if model else None
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return list(model.model_fields) if model else []

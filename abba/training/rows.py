@@ -1,0 +1,106 @@
+"""Rows of a dataset, from the Hub or a local file, as (instruction, response); unusable ones counted by reason."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abba.errors import DataError
+
+CHUNK = 1000
+LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Where rows come from and how they become examples; see the recipe's `data` section."""
+
+    path: str
+    name: str | None
+    revision: str | None
+    split: str
+    instruction_field: str
+    input_field: str | None
+    response_field: str
+    max_length: int
+    max_rows: int | None
+    max_bad_rows: int
+
+
+class BadRows:
+    """Rows that cannot be trained on: how many for which reason, and the first of them."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.first = ""
+
+    def add(self, row: int, reason: str) -> None:
+        self.first = self.first or f"the first is row {row + 1}: {reason}"
+        self.reasons[reason] += 1
+
+
+def usable_rows(source: RowSource, bad: BadRows) -> Iterator[tuple[list[int], list[str], list[str]]]:
+    """(row numbers, instructions, responses) of usable rows; the others are counted by reason."""
+    dataset = _open(source)
+    wanted = [source.instruction_field, source.response_field, *([source.input_field] if source.input_field else [])]
+    missing = [field for field in wanted if field not in dataset.column_names]
+    if missing:
+        raise DataError(
+            f"{source.path}: rows have no field {missing[0]!r}, only {', '.join(dataset.column_names)}; "
+            "set data.instruction_field and data.response_field"
+        )
+    count = min(len(dataset), source.max_rows or len(dataset))
+    for first in range(0, count, CHUNK):
+        chunk = dataset[first : min(first + CHUNK, count)]
+        numbers, instructions, responses = [], [], []
+        for offset, values in enumerate(zip(*(chunk[field] for field in wanted), strict=True)):
+            instruction, response, *inputs = values
+            row = first + offset
+            reason = _why_bad(wanted[:2], [instruction, response])
+            if reason:
+                bad.add(row, reason)
+                continue
+            extra = inputs[0] if inputs and isinstance(inputs[0], str) and inputs[0].strip() else None
+            numbers.append(row)
+            instructions.append(f"{instruction}\n{extra}" if extra else instruction)
+            responses.append(response)
+        if numbers:
+            yield numbers, instructions, responses
+
+
+def _why_bad(fields: list[str], values: list[Any]) -> str | None:
+    for field, value in zip(fields, values, strict=True):
+        if value is None:
+            return f"{field} is missing"
+        if not isinstance(value, str):
+            return f"{field} is {type(value).__name__}, not text"
+        if not value.strip():
+            return f"{field} is empty"
+    return None
+
+
+def _open(source: RowSource) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    local = Path(source.path)
+    try:
+        if local.suffix in LOCAL_FORMATS:
+            if not local.is_file():
+                raise DataError(f"data.path: {source.path!r}: no such file")
+            return datasets.load_dataset(LOCAL_FORMATS[local.suffix], data_files=str(local), split=source.split)
+        if local.exists():
+            known = ", ".join(LOCAL_FORMATS)
+            raise DataError(f"data.path: {source.path!r}: is no dataset file; give one that ends in {known}")
+        return datasets.load_dataset(source.path, source.name, revision=source.revision, split=source.split)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises errors of arrow, the Hub client, fsspec and its own
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        if local.suffix in LOCAL_FORMATS:
+            raise DataError(f"{source.path}: cannot be read: {cause}") from None
+        raise DataError(
+            f"data.path: {source.path!r} is neither a file here nor to be had from the Hub ({cause}); on a machine "
+            f"with access run: hf download --repo-type dataset {source.path}, or give a .jsonl file"
+        ) from None

@@ -1,0 +1,16 @@
+"""Learning rate as a pure function of the step."""
+
+import math
+
+
+def learning_rate(step: int, *, steps: int, peak: float, kind: str, warmup_ratio: float) -> float:
+    """Rate of step 0 <= step < steps: linear warm-up, then constant, or falling to zero at `steps`.
+
+    As Hugging Face's schedulers count, the first of w warm-up steps has rate 0 + peak/w rather than 0, so that no step
+    is spent on nothing.
+    """
+    warmup = math.ceil(warmup_ratio * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[kind]

@@ -1,0 +1,138 @@
+"""YAML as people write it: `1e-4` is a number, `no` is text, a key stands once, nothing is executed or expanded."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from abba.errors import RecipeError
+
+MAX_BYTES, MAX_DEPTH, MAX_EXTENDS = 1_000_000, 20, 8
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars, no aliases, no duplicate keys, no tags.
+
+    PyYAML follows YAML 1.1, where 1e-4 is text, no is false, 010 is 8 and 1:30:00 is 5400.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise _MistakeError(event.start_mark, f"*{event.anchor}: aliases are not supported; write the value out")
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise _MistakeError(event.start_mark, f"{event.tag}: tags are not supported; write a plain value")
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > MAX_DEPTH:
+            raise _MistakeError(event.start_mark, f"is nested deeper than {MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _MistakeError(key_node.start_mark, "a key must be a plain word")
+            if key_node.value in seen:
+                raise _MistakeError(key_node.start_mark, f"{key_node.value}: stands twice; keep one")
+            if key_node.value == "<<":
+                raise _MistakeError(key_node.start_mark, "<<: merge keys are not supported; use extends:")
+            seen.add(key_node.value)
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+
+class _MistakeError(Exception):
+    def __init__(self, mark: yaml.Mark, message: str) -> None:
+        super().__init__(f"line {mark.line + 1}: {message}")
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|false|False", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf)|\.(nan|NaN)",
+        "-+.0123456789",
+    ),
+    ("null", r"~|null|Null|", "~nN\0"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first, ""])
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Raises RecipeError naming `source` and the line."""
+    try:
+        return _Loader(text).get_single_data()
+    except _MistakeError as error:
+        raise RecipeError(f"{source}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RecipeError(f"{source}: line {line}: is not YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{source}: is not YAML: {error}") from None
+
+
+def read_recipe_file(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The recipe at `path` over those it extends, under `section.key=value` overrides."""
+    raw = _read_extended(path, [])
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
+            raise RecipeError(f"{override!r}: is no override; write section.key=value, such as train.max_steps=60")
+        section = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise RecipeError(f"{override!r}: {parent} is a value, not a section")
+        section[last] = parse_yaml(text, override) if text.strip() else None
+    return raw
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """A hint to the nearest of `known`, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _read_extended(path: Path, chain: list[Path]) -> dict[str, Any]:
+    if path.resolve() in chain or len(chain) >= MAX_EXTENDS:
+        raise RecipeError(f"{path}: extends itself, over {len(chain)} files")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise RecipeError(f"{path}: is {len(data)} bytes; a recipe has at most {MAX_BYTES}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text: byte {error.start}") from None
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: holds no sections; a recipe starts with model:, data: and train:")
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    if not isinstance(parent, str):
+        raise RecipeError(f"{path}: extends: {parent!r} is not the name of a recipe beside it")
+    base = path.parent / parent
+    if not base.is_file() and base.suffix != ".yaml":
+        base = base.with_name(base.name + ".yaml")
+    return _merged(_read_extended(base, [*chain, path.resolve()]), raw)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged

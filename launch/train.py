@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""Fine-tune a frozen causal LM with ABBA adapters on DeepSpeed ZeRO-3, from one recipe.
+
+    deepspeed launch/train.py --recipe gsm8k.yaml
+    deepspeed --num_gpus 2 launch/train.py --recipe gsm8k.yaml train.learning_rate=5e-4 output_dir=runs/slow
+    torchrun --nproc_per_node 8 launch/train.py --recipe llama70b_gsm8k
+    python launch/train.py --recipe quickstart.yaml --dry-run
+
+Read `run` from top to bottom: it is the whole program.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+from abba.errors import AbbaError, exit_with
+from abba.sharded.ranks import Ranks, ranks_from_environment
+from abba.training.recipe import Recipe, load_recipe
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def run(recipe: Recipe, ranks: Ranks) -> None:
+    # Imported here because it takes seconds: a mistake in the recipe is shown at once, by every launcher.
+    import torch.distributed as dist
+
+    from abba.adapter.inject import find_targets, inject
+    from abba.sharded.checkpoint import save_checkpoint
+    from abba.sharded.engine import engine_config, start_engine
+    from abba.sharded.initialize import starting_factors
+    from abba.sharded.process_group import start_process_group
+    from abba.text.encode import padding_id
+    from abba.training.batches import BatchPlan, split_rows
+    from abba.training.finish import checkpoint_state, finish
+    from abba.training.loop import Stream, assert_delta_is_zero, held_out_loss, train
+    from abba.training.metrics import Reporter
+    from abba.training.model import DTYPES, enable_checkpointing, load_partitioned
+    from abba.training.prepare import accumulation_steps, prepare
+    from abba.training.schedule import learning_rate
+    from abba.training.tokens import TokenizedRows
+
+    began, settings = time.monotonic(), recipe.train
+    say = partial(print, flush=True) if ranks.is_main else (lambda line: None)
+    micro_batch = settings.per_device_train_batch_size
+    accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
+
+    # Data: rank 0 fetches and tokenises before anyone joins; the others find the result on disk.
+    directory, base, tokenizer, tokens = prepare(recipe, ranks.is_main, say)
+    data = TokenizedRows(tokens)
+    train_rows, eval_rows = split_rows(len(data), recipe.data.eval_rows, settings.seed)
+    plan = BatchPlan(train_rows, settings.global_batch_size, micro_batch, settings.seed)
+    steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
+    say(f"data: {len(train_rows):,} rows to train on, {len(eval_rows):,} held out; {steps:,} steps")
+
+    # Base: each rank reads its own slice of every weight; no rank ever holds or sends a full copy.
+    device = start_process_group(ranks)
+    dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
+    config = engine_config(dtype, micro_batch, accumulation, settings.max_grad_norm, recipe.deepspeed)
+    model = load_partitioned(base, dtype, attention, config, device, ranks, say)
+
+    # Adapter: frozen linears become AbbaLinear; factors by SVD, bit-equal at any world size.
+    adapter = recipe.adapter.config()
+    targets = find_targets(model, adapter)
+    factors = starting_factors(targets, adapter, settings.seed, recipe.adapter.init_from, ranks)
+    report = inject(model, adapter, factors=factors)
+    say(
+        f"adapter: {len(report.replaced)} modules, r1={adapter.r1} r2={adapter.r2} scale={adapter.scale:g}; "
+        f"{report.trainable_parameters:,} parameters train, {report.frozen_parameters:,} are frozen"
+    )
+
+    # Engine: base sharded, factors replicated, gradient checkpointing, fp32 masters that no rounding has touched.
+    enable_checkpointing(model, settings.gradient_checkpointing)
+    masters = {f"{name}.{key}": value for name, f in factors.items() for key, value in f._asdict().items()}
+    engine = start_engine(model, config, settings.adam(), masters)
+    stream = Stream(data, plan, padding_id(tokenizer), ranks, device)
+    if recipe.adapter.init_from is None:
+        assert_delta_is_zero(engine, stream)
+    say(
+        f"engine: {ranks.world_size} ranks x {accumulation} micro-batches; {time.monotonic() - began:.0f} s to get here"
+    )
+
+    # Loop: step, finite?, log, save?
+    state = checkpoint_state(recipe, report.shapes, tokens, base)
+    keep = recipe.checkpoint.save_total_limit
+    rate = {"steps": steps, "peak": settings.learning_rate}
+    rate |= {"kind": settings.lr_scheduler_type, "warmup_ratio": settings.warmup_ratio}
+    held_out = partial(held_out_loss, engine, stream, eval_rows, settings.per_device_eval_batch_size)
+    with Reporter(directory.metrics if ranks.is_main else None, steps, settings.logging_steps) as reporter:
+        train(
+            engine,
+            stream,
+            steps=steps,
+            learning_rate=partial(learning_rate, **rate),
+            reporter=reporter,
+            save=partial(save_checkpoint, engine, directory.checkpoints, state, keep, ranks),
+            save_steps=recipe.checkpoint.save_steps,
+            evaluate=held_out if eval_rows else None,
+            eval_steps=settings.eval_steps,
+        )
+
+    # Result: the last checkpoint as a standalone adapter, re-opened and verified; its score, if the recipe asks.
+    dist.barrier()
+    dist.destroy_process_group()
+    if ranks.is_main:
+        finish(directory, steps, say)
+        if recipe.evaluate is not None:
+            score(recipe.evaluate, base, directory.adapter, directory.path / "evaluation", say)
+        say(f"done in {time.monotonic() - began:.0f} s")
+
+
+def score(settings, base, adapter, output, say) -> None:
+    from abba.evaluation.score import evaluate
+
+    scores = evaluate(base, adapter, settings.task, settings.path, output, say=say, **settings.generation())
+    say(f"score: {settings.task} exact match {scores['exact_match']:.1f}% of {scores['n']}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="examples:\n" + __doc__.split("\n\n")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", required=True, help="a YAML file, or a name in recipes/ with or without .yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, such as train.max_steps=60")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run; needs no GPU and writes nothing")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    arguments = parser.parse_intermixed_args()
+    ranks = Ranks()
+    try:
+        ranks = ranks_from_environment()
+        recipe = load_recipe(arguments.recipe, arguments.overrides, RECIPES)
+        if arguments.dry_run:
+            from abba.training.describe import describe
+
+            return describe(recipe, ranks) if ranks.is_main else 0
+        run(recipe, ranks)
+    except AbbaError as error:
+        return fail(ranks, partial(exit_with, error, "" if ranks.is_main else f"[rank {ranks.rank}] "))
+    except Exception:
+        return fail(ranks, lambda: print(f"[rank {ranks.rank}] {traceback.format_exc()}", file=sys.stderr) or 1)
+    return 0
+
+
+def fail(ranks: Ranks, report) -> int:
+    """End this process with an error, without waiting for ranks that may be stuck in a collective.
+
+    Most errors meet every rank alike. The others give rank 0 time to speak and the launcher time to end them, so that
+    the error is shown once; what befell them alone they then say themselves.
+    """
+    if not ranks.is_main:
+        time.sleep(5)
+    code = report()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
