@@ -65,6 +65,12 @@ class NoProgressError(AbbaError):
     subject = "no progress"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, shortened to a line; its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def exit_with(error: AbbaError, prefix: str = "") -> int:
     """Print an error as one line on stderr and return its exit code."""
     print(f"{prefix}{error}", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     import torch.distributed as dist
 
     from abba.adapter.inject import find_targets, inject
+    from abba.base_model import DTYPES
     from abba.sharded.checkpoint import save_checkpoint
     from abba.sharded.engine import engine_config, start_engine
     from abba.sharded.initialize import starting_factors
@@ -38,7 +40,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     from abba.training.finish import checkpoint_state, finish
     from abba.training.loop import Stream, assert_delta_is_zero, held_out_loss, train
     from abba.training.metrics import Reporter
-    from abba.training.model import DTYPES, enable_checkpointing, load_partitioned
+    from abba.training.model import enable_checkpointing, load_partitioned
     from abba.training.prepare import accumulation_steps, prepare
     from abba.training.schedule import learning_rate
     from abba.training.tokens import TokenizedRows
@@ -108,15 +110,26 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     if ranks.is_main:
         finish(directory, steps, say)
         if recipe.evaluate is not None:
-            score(recipe.evaluate, base, directory.adapter, directory.path / "evaluation", say)
+            score(recipe, base, directory.adapter, directory.path / "evaluation", say)
         say(f"done in {time.monotonic() - began:.0f} s")
 
 
-def score(settings, base, adapter, output, say) -> None:
+def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable[[str], None]) -> None:
+    from abba.base_model import DTYPES
     from abba.evaluation.score import evaluate
 
-    scores = evaluate(base, adapter, settings.task, settings.path, output, say=say, **settings.generation())
-    say(f"score: {settings.task} exact match {scores['exact_match']:.1f}% of {scores['n']}")
+    wanted = recipe.evaluate.model_dump()
+    scores = evaluate(
+        base,
+        adapter,
+        wanted.pop("task"),
+        wanted.pop("path"),
+        output,
+        dtype=DTYPES[recipe.model.dtype],
+        say=say,
+        **wanted,
+    )
+    say(f"score: {scores['task']} exact match {scores['exact_match']:.1f}% of {scores['n']}; {output}/scores.json")
 
 
 def main() -> int:
@@ -137,7 +150,9 @@ def main() -> int:
         if arguments.dry_run:
             from abba.training.describe import describe
 
-            return describe(recipe, ranks) if ranks.is_main else 0
+            if ranks.is_main:
+                describe(recipe, ranks.world_size)
+            return 0
         run(recipe, ranks)
     except AbbaError as error:
         return fail(ranks, partial(exit_with, error, "" if ranks.is_main else f"[rank {ranks.rank}] "))

@@ -4,6 +4,7 @@ Needs neither torch.distributed nor deepspeed nor the base model.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,8 +51,15 @@ def convert(
     state = read_state(checkpoint)
     description = AdapterDescription(AdapterConfig(**state.adapter), format, state.modules, state.base_model)
     with ShardReader(checkpoint, state) as reader:
+        return description, write_adapter(destination, description, partial(_factors, reader), dtype, overwrite)
 
-        def load(name: str) -> Factors:
-            return Factors(*(reader.read("master", f"{name}.{factor}") for factor in Factors._fields))
 
-        return description, write_adapter(destination, description, load, dtype, overwrite)
+def read_checkpoint_factors(checkpoint: Path) -> dict[str, Factors]:
+    """The fp32 masters of a verified checkpoint, all in memory."""
+    state = read_state(checkpoint)
+    with ShardReader(checkpoint, state) as reader:
+        return {name: _factors(reader, name) for name in state.modules}
+
+
+def _factors(reader: ShardReader, name: str) -> Factors:
+    return Factors(*(reader.read("master", f"{name}.{factor}") for factor in Factors._fields))

@@ -63,14 +63,21 @@ def trainable_parameters(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, n
 
 def local_slices(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
     """This rank's part of the training state: `KIND/NAME` and a 1-D fp32 tensor without padding. No communication."""
+    yield from local_masters(engine)
     for name, parameter in trainable_parameters(engine):
-        start, stop = _bounds(parameter)
-        for kind in ("master", "exp_avg", "exp_avg_sq"):
-            if kind == "master":
-                value = safe_get_local_fp32_param(parameter)
-            else:
-                value = safe_get_local_optimizer_state(parameter, kind)
-            yield f"{kind}/{name}", value[: stop - start].detach().float().cpu().clone()
+        for kind in ("exp_avg", "exp_avg_sq"):
+            yield f"{kind}/{name}", _without_padding(parameter, safe_get_local_optimizer_state(parameter, kind))
+
+
+def local_masters(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
+    """This rank's slices of the fp32 masters as `master/NAME`; also before the first step, when no moments exist."""
+    for name, parameter in trainable_parameters(engine):
+        yield f"master/{name}", _without_padding(parameter, safe_get_local_fp32_param(parameter))
+
+
+def _without_padding(parameter: nn.Parameter, local: Tensor) -> Tensor:
+    start, stop = _bounds(parameter)
+    return local[: stop - start].detach().float().cpu().clone()
 
 
 def _bounds(parameter: nn.Parameter) -> tuple[int, int]:

@@ -31,9 +31,10 @@ class _PartitionWithoutBroadcast(Init):
 
 
 @contextmanager
-def partitioned_from_birth(engine_config: dict, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters created within are ZeRO-3 partitions with undefined values."""
-    with _PartitionWithoutBroadcast(config_dict_or_path=engine_config, dtype=dtype):
+def partitioned_from_birth(engine_config: dict) -> Iterator[None]:
+    """Parameters created within are ZeRO-3 partitions with undefined values, in the dtype of `engine_config`."""
+    # zero.Init has a dtype argument of its own, which it ignores on devices without fp16.
+    with _PartitionWithoutBroadcast(config_dict_or_path=engine_config):
         yield
 
 

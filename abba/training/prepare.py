@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from abba.base_model import find_base, load_tokenizer
 from abba.errors import RecipeError
-from abba.training.model import find_base, load_tokenizer
 from abba.training.recipe import DataSection, Recipe
 from abba.training.rows import RowSource
 from abba.training.run_directory import RunDirectory, wait_for

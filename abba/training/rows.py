@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abba.errors import DataError
+from abba.errors import DataError, first_line
 
 CHUNK = 1000
 LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -97,7 +97,7 @@ def _open(source: RowSource) -> Any:
     except DataError:
         raise
     except Exception as error:  # datasets raises errors of arrow, the Hub client, fsspec and its own
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        cause = first_line(error.__cause__ or error)
         if local.suffix in LOCAL_FORMATS:
             raise DataError(f"{source.path}: cannot be read: {cause}") from None
         raise DataError(

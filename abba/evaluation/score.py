@@ -1,0 +1,66 @@
+"""A task's score: scores.json and every generation, so that each number can be looked into."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abba.evaluation.generate import generate_greedy, load_for_generation
+from abba.evaluation.tasks import TASKS, load_questions
+from abba.storage import make_directory, write_json
+
+
+def evaluate(
+    base: Path,
+    adapter: Path | None,
+    task_name: str,
+    data: str | None,
+    output: Path,
+    *,
+    limit: int | None,
+    batch_size: int,
+    max_new_tokens: int,
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Generate greedily, grade, and write `scores.json` and `generations.jsonl` into `output`.
+
+    Returns:
+        The scores: task, n, exact_match in percent, adapter, model, and how they were made.
+    """
+    questions = load_questions(task_name, data, limit)
+    make_directory(output, "output directory")
+    model, tokenizer = load_for_generation(base, adapter, dtype)
+    task, started, correct = TASKS[task_name], time.monotonic(), 0
+    generations: list[str | None] = [None] * len(questions)
+    instructions = [instruction for instruction, _ in questions]
+    answers = generate_greedy(model, tokenizer, instructions, batch_size, max_new_tokens)
+    for done, (index, text) in enumerate(answers, 1):
+        instruction, reference = questions[index]
+        right = task.correct(text, reference)
+        correct += right
+        record = {"row": index, "instruction": instruction, "reference": reference, "generated": text}
+        generations[index] = json.dumps({**record, "extracted": task.extract(text), "correct": right})
+        if done % batch_size == 0 or done == len(questions):
+            seconds = time.monotonic() - started
+            say(f"{task_name}: {done}/{len(questions)}, {100 * correct / done:.1f}% right, {seconds:.0f} s")
+    scores = {
+        "task": task_name,
+        "n": len(questions),
+        "exact_match": 100 * correct / len(questions),
+        "adapter": str(adapter) if adapter is not None else None,
+        "model": str(base),
+        "data": data or task.hub_path,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_new_tokens": max_new_tokens,
+        "seconds": time.monotonic() - started,
+    }
+    temporary = output / f".generations.tmp-{os.getpid()}"
+    temporary.write_text("".join(f"{line}\n" for line in generations))
+    os.replace(temporary, output / "generations.jsonl")
+    write_json(output / "scores.json", scores)
+    return scores

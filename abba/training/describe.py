@@ -1,0 +1,58 @@
+"""A dry run: what would be trained on what, without a GPU, a process group, or a file written."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from abba.adapter.inject import find_targets
+from abba.base_model import find_base, load_config, load_tokenizer
+from abba.training.batches import BatchPlan, split_rows
+from abba.training.prepare import accumulation_steps, row_source
+from abba.training.recipe import Recipe
+from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
+
+
+def describe(recipe: Recipe, world_size: int) -> None:
+    """Print the resolved recipe, the batch arithmetic, what trains, and one example with its mask.
+
+    Raises:
+        AbbaError: whatever is wrong with recipe, base or data that can be seen without the weights.
+    """
+    settings = recipe.train
+    print(f"# resolved recipe\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False)}")
+    micro = settings.per_device_train_batch_size
+    accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)
+    base = find_base(recipe.model.name_or_path, recipe.model.revision)
+    tokenizer = load_tokenizer(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(base))
+    adapter = recipe.adapter.config()
+    targets = find_targets(model, adapter)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens = tokens_path(row_source(recipe.data), tokenizer, Path(scratch))
+        prepare_tokens(row_source(recipe.data), tokenizer, tokens, print)
+        data = TokenizedRows(tokens)
+    train_rows, eval_rows = split_rows(len(data), recipe.data.eval_rows, settings.seed)
+    plan = BatchPlan(train_rows, settings.global_batch_size, micro, settings.seed)
+    steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
+
+    print("# batches")
+    print(f"{len(train_rows):,} rows to train on, {len(eval_rows):,} held out, {data.tokens(train_rows):,} tokens")
+    print(
+        f"global batch {settings.global_batch_size} = {world_size} ranks x {micro} rows x {accumulation} times; "
+        f"{steps:,} steps, {plan.epoch_at(steps):.2f} epochs"
+    )
+    print("\n# adapter")
+    trainable = sum((m.in_features + m.out_features) * (adapter.r1 + adapter.r2) for m in targets.values())
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{len(targets)} modules, r1={adapter.r1} r2={adapter.r2}, update of rank up to {adapter.r1 * adapter.r2}")
+    print(f"{trainable:,} parameters train, {total:,} are frozen ({100 * trainable / total:.2f}%)")
+
+    row = train_rows[0]
+    ids, prompt = data.input_ids(row).tolist(), data.prompt_length(row)
+    print(f"\n# one example: {prompt} tokens of prompt, masked; {len(ids) - prompt} tokens to learn")
+    print(f"masked:  {tokenizer.decode(ids[:prompt])!r}")
+    print(f"learned: {tokenizer.decode(ids[prompt:])!r}")

@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Answer a prompt with the base model and, side by side, with an adapter.
+
+    python launch/generate.py --model recipes/assets/tiny-llama --adapter runs/quickstart/adapter \\
+        --prompt "Ann had some pens. Then Ann bought 5 more. Now Ann has 17 pens. How many pens did Ann have at first?"
+
+Without --prompt it reads one from each line of standard input.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from abba.errors import AbbaError, exit_with
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="the base: a directory, or a Hub name that is in the cache")
+    parser.add_argument("--revision", help="of a Hub model")
+    parser.add_argument("--adapter", type=Path, help="an adapter directory")
+    parser.add_argument("--prompt", help="the instruction; the recipe's template is put around it")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    arguments = parser.parse_args()
+    try:
+        answer(arguments)
+    except AbbaError as error:
+        return exit_with(error)
+    return 0
+
+
+def answer(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from abba.adapter.linear import bypass
+    from abba.base_model import find_base
+    from abba.evaluation.generate import generate_greedy, load_for_generation
+
+    base = find_base(arguments.model, arguments.revision)
+    model, tokenizer = load_for_generation(base, arguments.adapter, getattr(torch, arguments.dtype))
+    prompts = [arguments.prompt] if arguments.prompt is not None else map(str.strip, sys.stdin)
+    for prompt in prompts:
+        with bypass(model):
+            (_, plain), *_ = generate_greedy(model, tokenizer, [prompt], 1, arguments.max_new_tokens)
+        print(f"--- base\n{plain}")
+        if arguments.adapter is not None:
+            (_, adapted), *_ = generate_greedy(model, tokenizer, [prompt], 1, arguments.max_new_tokens)
+            print(f"--- {arguments.adapter}\n{adapted}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""launch/train.py as one rank, watched from outside: what was read, gathered, kept and rounded.
+
+RANK=0 WORLD_SIZE=2 ... python tests/distributed/probe.py RESULT.json --recipe ... [key=value ...]
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+
+import torch
+import train as program
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+import abba.sharded.engine
+import abba.sharded.initialize
+import abba.training.loop
+
+FACTORS = ("A1", "B1", "A2", "B2")
+result = {"bytes_read": 0, "gathered_factors": [], "gathered_base": [], "resident_2d": [], "buffers": {}, "svd": {}}
+gathers: Counter[str] = Counter()
+
+
+def watch_reads() -> None:
+    pread = os.pread
+
+    def counting(descriptor, size, offset):
+        data = pread(descriptor, size, offset)
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if name.startswith("model") and offset > 8:  # below are the header's length and the header
+            result["bytes_read"] += len(data)
+        return data
+
+    os.pread = counting
+
+
+def watch_engine() -> None:
+    start = abba.sharded.engine.start_engine
+
+    def started(model, *arguments):
+        result["base_elements"] = sum(p.ds_numel for p in model.parameters() if not p.requires_grad)
+        result["held_elements"] = sum(p.ds_tensor.numel() for p in model.parameters() if not p.requires_grad)
+        result["base_parameters"] = sum(not p.requires_grad for p in model.parameters())
+        engine = start(model, *arguments)
+        watch_gathers(engine)
+        result["buffers"] = {name: str(buffer.dtype) for name, buffer in engine.module.named_buffers()}
+        result["masters"] = {
+            key.removeprefix("master/"): digest(value) for key, value in abba.sharded.engine.local_masters(engine)
+        }
+        rounded = [
+            torch.equal(value, value.bfloat16().float())
+            for key, value in abba.sharded.engine.local_masters(engine)
+            if not key.endswith(".B2") and value.numel() > 8
+        ]
+        result["masters_equal_to_their_bf16"] = sum(rounded)
+        return engine
+
+    abba.sharded.engine.start_engine = started
+
+
+def watch_gathers(engine) -> None:
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    coordinator = type(engine.optimizer.parameter_offload.get_param_coordinator())
+    gather = coordinator._PartitionedParameterCoordinator__all_gather_params
+
+    def counting(self, params, forward):
+        params = set(params)
+        gathers.update(names[id(p)] for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE)
+        return gather(self, params, forward)
+
+    coordinator._PartitionedParameterCoordinator__all_gather_params = counting
+
+    step = abba.training.loop.optimizer_step
+
+    def counted(engine, *arguments):
+        gathers.clear()
+        outcome = step(engine, *arguments)
+        result["gathered_factors"].append(sum(n for name, n in gathers.items() if name.endswith(FACTORS)))
+        result["gathered_base"].append(sum(n for name, n in gathers.items() if not name.endswith(FACTORS)))
+        frozen = [p for p in engine.module.parameters() if not p.requires_grad and len(p.ds_shape) > 1]
+        result["resident_2d"].append(sum(p.data.numel() for p in frozen))
+        return outcome
+
+    abba.training.loop.optimizer_step = counted
+
+
+def watch_svd() -> None:
+    find = abba.sharded.initialize.starting_factors
+
+    def found(*arguments):
+        factors = find(*arguments)
+        result["svd"] = {name: digest(torch.cat([f.flatten() for f in four])) for name, four in factors.items()}
+        return factors
+
+    abba.sharded.initialize.starting_factors = found
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    output = Path(sys.argv.pop(1))
+    watch_reads()
+    watch_engine()
+    watch_svd()
+    code = program.main()
+    output.write_text(json.dumps(result))
+    sys.exit(code)

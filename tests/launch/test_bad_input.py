@@ -1,0 +1,180 @@
+"""Every mistake a user can make ends in one line that names it, the exit code of its class, and no traceback."""
+
+import json
+import os
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import warm
+from tests.distributed.ranks import STORIES, TINY
+from tests.warm import ROOT
+
+TRAIN = ["launch/train.py", "--recipe", "quickstart", "train.max_steps=1", "data.max_rows=100"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return partial(warm.run, tmp_path / "program")
+
+
+def check(result, code, *expected):
+    said = [line for line in result.stderr.splitlines() if "real_accelerator" not in line]
+    assert result.returncode == code, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+    for text in expected:
+        assert text in result.stderr
+    return said
+
+
+@pytest.mark.parametrize(
+    "overrides, code, expected",
+    [
+        (["train.learning_rat=1"], 64, "train.learning_rat: unknown key; did you mean learning_rate?"),
+        (["train.learning_rate='1e-4'"], 64, "'1e-4' is text, not a number"),
+        (["adapter.r1=0"], 64, "adapter.r1: 0"),
+        (["train.global_batch_size=12", "train.per_device_train_batch_size=8"], 64, "12 is not a multiple of"),
+        (["model.name_or_path=./nowhere"], 66, "'./nowhere' is no directory"),
+        (["model.name_or_path=nobody/no-model"], 66, "hf download nobody/no-model"),
+        (["data.path=nowhere.jsonl"], 65, "'nowhere.jsonl': no such file"),
+        (["data.path=nobody/no-data"], 65, "hf download --repo-type dataset nobody/no-data"),
+        (["data.instruction_field=q"], 65, "rows have no field 'q', only question, answer"),
+        (["data.max_length=20"], 65, "all labels are masked"),
+        (["output_dir=/proc/nowhere"], 66, "output_dir /proc/nowhere: cannot be written"),
+    ],
+)
+def test_mistakes_seen_before_the_ranks_start(run, tmp_path, overrides, code, expected):
+    lines = check(run(*TRAIN, f"output_dir={tmp_path / 'run'}", *overrides), code, expected)
+    assert len(lines) == 1, lines
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_missing_recipe_and_a_missing_argument(run):
+    lines = check(run("launch/train.py", "--recipe", "quickstrat"), 64, "did you mean quickstart?")
+    assert len(lines) == 1
+    assert run("launch/train.py").returncode == 2
+
+
+def test_ranks_that_do_not_divide_the_batch(run):
+    lines = check(
+        run(*TRAIN, RANK="0", WORLD_SIZE="3", LOCAL_RANK="0"),
+        64, "16 cannot be shared by 3 ranks in micro-batches of 8", "the number of ranks can be 1, 2",
+    )  # fmt: skip
+    assert len(lines) == 1
+
+
+def broken_base(tmp_path, change):
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    change(base)
+    return base
+
+
+def edit(base, change):
+    tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+
+
+def only_a_pickle(base):
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+
+
+def reconfigure(base, **changes):
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda b: edit(b, lambda t: t.pop(NORM)), f"1 tensors of the model are missing, such as {NORM}"),
+        (lambda b: edit(b, lambda t: t.update(extra=torch.ones(2))), "have no place in the model, such as extra"),
+        (lambda b: edit(b, lambda t: t.update({NORM: torch.ones(7)})), f"{NORM} is (7,) in the file and (128,)"),
+        (lambda b: os.truncate(b / "model.safetensors", 9000), "the file is truncated or damaged"),
+        (lambda b: os.truncate(b / "model.safetensors", 100), "is truncated or no safetensors file"),
+        (only_a_pickle, "has only pytorch_model.bin, a pickle"),
+        (lambda b: (b / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+        (lambda b: (b / "config.json").unlink(), "has no config.json"),
+        (lambda b: (b / "config.json").write_text("{"), "its config.json cannot be used"),
+        (lambda b: reconfigure(b, model_type="unheard"), "its config.json cannot be used"),
+        (lambda b: reconfigure(b, hidden_size=64), "in the file and"),
+        (lambda b: [(b / f"tokenizer.{kind}").unlink() for kind in ("json", "model")], "tokenizer cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_a_base_that_cannot_be_used(run, tmp_path, change, expected):
+    base = broken_base(tmp_path, change)
+    result = run(*TRAIN, f"model.name_or_path={base}", f"output_dir={tmp_path / 'run'}")
+    check(result, 66, expected)
+    assert not list((tmp_path / "run").rglob("step-*"))
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["adapter.target_modules=[q_prj]"], "'q_prj' matches no module of the model; did you mean q_proj?"),
+        (["adapter.r1=200"], "200 is above the rank of model.layers.0.self_attn.q_proj, whose weight is (128, 128)"),
+        (["adapter.init_from=nowhere"], "nowhere: is not an ABBA adapter"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(run, tmp_path, overrides, expected):
+    code = 66 if "init_from" in overrides[0] else 64
+    check(run(*TRAIN, f"output_dir={tmp_path / 'run'}", *overrides), code, expected)
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(run, tmp_path):
+    (tmp_path / "run/checkpoints/step-000001").mkdir(parents=True)
+    result = run(*TRAIN, f"output_dir={tmp_path / 'run'}", "overwrite_output_dir=false")
+    lines = check(result, 66, "holds checkpoints/step-000001 of an earlier run", "overwrite_output_dir=true")
+    assert len(lines) == 1
+
+
+def test_the_deepspeed_launcher_shows_it_once_and_keeps_the_code(run, tmp_path):
+    launcher = str(ROOT / "tests/launch/deepspeed_launcher.py")
+    result = run(
+        launcher, "--num_gpus", "2", *TRAIN, "adapter.target_modules=[q_prj]", f"output_dir={tmp_path / 'run'}"
+    )
+    assert result.returncode == 64
+    assert (result.stdout + result.stderr).count("did you mean q_proj?") == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command, code, expected",
+    [
+        (["launch/convert.py", "nowhere", "out"], 66, "nowhere: does not exist"),
+        (["launch/convert.py", "recipes", "out"], 66, "recipes: holds no valid checkpoint"),
+        (["launch/convert.py", "recipes", "out", "--base", "x"], 64, "--base x: is used by --verify alone"),
+        (["launch/evaluate.py", "--model", "nowhere/at/all", "--task", "gsm8k", "--output", "out"], 66, "no directory"),
+        (["launch/evaluate.py", "--model", str(TINY), "--task", "gsm9k", "--output", "out"], 64, "gsm9k"),
+        (
+            ["launch/evaluate.py", "--model", str(TINY), "--task", "gsm8k", "--data", "none.jsonl", "--output", "out"],
+            65,
+            "none.jsonl: no such file",
+        ),
+        (
+            ["launch/evaluate.py", "--model", str(TINY), "--adapter", "recipes", "--task", "gsm8k",
+             "--data", str(STORIES / "test.jsonl"), "--output", "/tmp/abba-unused"],
+            66,
+            "recipes: is not an ABBA adapter",
+        ),
+        (["launch/generate.py", "--model", str(TINY), "--adapter", "recipes", "--prompt", "x"], 66, "is not an ABBA"),
+    ],
+)  # fmt: skip
+def test_the_other_programs(run, command, code, expected):
+    lines = check(run(*command), code, expected)
+    assert len(lines) == 1, lines
+    assert not (ROOT / "out").exists()
+
+
+@pytest.mark.parametrize("program", ["train", "convert", "evaluate", "generate"])
+def test_help_shows_examples(run, program):
+    result = run(f"launch/{program}.py", "--help")
+    assert (result.returncode == 0 and f"launch/{program}.py --" in result.stdout) or "runs/gsm8k" in result.stdout

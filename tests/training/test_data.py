@@ -1,0 +1,190 @@
+"""Rows to tokens to batches: masks, EOS, BOS, truncation, bad rows; and who computes what at any world size."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from abba.errors import DataError
+from abba.text.prompt import render_prompt
+from abba.training.batches import BatchPlan, collate, split_rows
+from abba.training.loss import IGNORED, token_loss_sum
+from abba.training.rows import RowSource
+from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
+from tests.distributed.ranks import STORIES, TINY
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def source(path, **changes):
+    plain = RowSource(str(path), None, None, "train", "question", None, "answer", 512, None, 0)
+    return replace(plain, **changes)
+
+
+def write_rows(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def prepared(tmp_path, tokenizer, where, said=None):
+    path = tokens_path(where, tokenizer, tmp_path / "tokens")
+    prepare_tokens(where, tokenizer, path, (said if said is not None else []).append)
+    return TokenizedRows(path)
+
+
+ROW = {"question": "Ann has 3 pens. How many?", "answer": "There are 3.\n#### 3"}
+
+
+def test_an_example_is_bos_prompt_response_eos(tmp_path, tokenizer):
+    data = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW)))
+    ids, prompt = data.input_ids(0).tolist(), data.prompt_length(0)
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[1:prompt]) == render_prompt(ROW["question"])
+    assert tokenizer.decode(ids[prompt:-1]) == ROW["answer"]
+
+
+def test_a_tokenizer_that_appends_eos_or_pads_with_it_changes_nothing(tmp_path, tokenizer):
+    plain = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW)))
+
+    class Eager:
+        """A tokenizer that ends every text in EOS and pads with it, as some configurations do."""
+
+        eos_token_id, pad_token_id = tokenizer.eos_token_id, tokenizer.eos_token_id
+
+        def __call__(self, texts, add_special_tokens=True):
+            encoded = tokenizer(texts, add_special_tokens=add_special_tokens)
+            if add_special_tokens:
+                encoded["input_ids"] = [[*ids, self.eos_token_id] for ids in encoded["input_ids"]]
+            return encoded
+
+        def get_vocab(self):
+            return tokenizer.get_vocab()
+
+    eager = prepared(tmp_path, Eager(), source(write_rows(tmp_path, ROW)))
+    assert torch.equal(plain.input_ids(0), eager.input_ids(0))
+
+
+def test_labels_cover_the_response_and_its_eos_only(tmp_path, tokenizer):
+    longer = {"question": "Tom?", "answer": "There are 3 and 4 and 5.\n#### 12"}
+    data = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW, longer)))
+    batch = collate(data, [0, 1], tokenizer.eos_token_id, torch.device("cpu"))
+    for line in range(2):
+        length = int(batch.attention_mask[line].sum())
+        labels, prompt = batch.labels[line], data.prompt_length(line)
+        assert (labels[:prompt] == IGNORED).all() and (labels[length:] == IGNORED).all()
+        assert torch.equal(labels[prompt:length], batch.input_ids[line, prompt:length])
+        assert labels[length - 1] == tokenizer.eos_token_id, "EOS is learned although it also pads"
+    assert batch.input_ids.shape[1] == max(len(data.input_ids(0)), len(data.input_ids(1)))
+    assert int((batch.labels != IGNORED).sum()) == data.supervised_tokens([0, 1])
+
+
+def test_padding_does_not_change_the_loss(tmp_path, tokenizer):
+    data = prepared(tmp_path, tokenizer, source(STORIES / "test.jsonl", max_rows=4))
+    table = torch.nn.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)
+    rows = [collate(data, [row], 2, torch.device("cpu")) for row in range(4)]
+    together = collate(data, [0, 1, 2, 3], 2, torch.device("cpu"))
+    loss = lambda batch: float(token_loss_sum(table(batch.input_ids), batch.labels).detach())  # noqa: E731
+    assert loss(together) == pytest.approx(sum(map(loss, rows)), rel=1e-5)
+
+
+def test_input_fields_are_appended_and_long_rows_cut_and_counted(tmp_path, tokenizer):
+    row = {"instruction": "Add.", "input": "3 and 4", "response": "7"}
+    where = source(
+        write_rows(tmp_path, row), instruction_field="instruction", input_field="input", response_field="response"
+    )
+    data = prepared(tmp_path, tokenizer, where)
+    assert "Add.\n3 and 4" in tokenizer.decode(data.input_ids(0)[: data.prompt_length(0)].tolist())
+    said = []
+    limit = data.prompt_length(0) + 1
+    short = prepared(tmp_path, tokenizer, replace(where, max_length=limit), said)
+    assert len(short.input_ids(0)) == limit and "cut 1 of 1 rows" in said[0]
+
+
+@pytest.mark.parametrize(
+    "rows, changes, expected",
+    [
+        ([{"question": "a"}], {}, "rows have no field 'answer', only question; set data.instruction_field"),
+        ([ROW, {"question": None, "answer": "b"}], {}, "the first is row 2: question is missing"),
+        (
+            [ROW, {"question": "a", "answer": " "}],
+            {},
+            "1 rows cannot be trained on (the first is row 2: answer is empty)",
+        ),
+        ([{"question": "a", "answer": 3}], {}, "answer is int, not text"),
+        ([ROW], {"max_length": 20}, "all labels are masked: the prompt alone fills data.max_length=20 tokens"),
+        (["{broken\n"], {}, "cannot be read"),
+        ([""], {}, "cannot be read"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_end_the_run(tmp_path, tokenizer, rows, changes, expected):
+    with pytest.raises(DataError) as error:
+        prepared(tmp_path, tokenizer, source(write_rows(tmp_path, *rows), **changes))
+    assert expected in str(error.value)
+    assert not (tmp_path / "tokens").exists() or not list((tmp_path / "tokens").iterdir())
+
+
+def test_allowed_bad_rows_are_left_out_and_counted_by_reason(tmp_path, tokenizer):
+    said = []
+    rows = [ROW, {"question": "", "answer": "b"}, ROW, {"question": "a", "answer": None}]
+    data = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, *rows), max_bad_rows=2), said)
+    assert len(data) == 2 and data.sources.tolist() == [0, 2]
+    assert said == ["data: left out 1 rows: question is empty", "data: left out 1 rows: answer is missing"]
+
+
+def test_a_missing_file_or_dataset_says_how_to_fetch_it(tmp_path, tokenizer, monkeypatch):
+    with pytest.raises(DataError, match="no such file"):
+        prepared(tmp_path, tokenizer, source(tmp_path / "none.jsonl"))
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    with pytest.raises(DataError, match="is no dataset file"):
+        prepared(tmp_path, tokenizer, source(tmp_path / "rows.csv"))
+
+
+def test_the_tokens_name_depends_on_all_that_they_are_made_from(tmp_path, tokenizer):
+    path = write_rows(tmp_path, ROW)
+    names = {tokens_path(source(path, **change), tokenizer, tmp_path) for change in ({}, {"max_length": 99})}
+    write_rows(tmp_path, ROW, ROW)
+    names.add(tokens_path(source(path), tokenizer, tmp_path))
+    assert len(names) == 3
+
+
+@given(
+    rows=st.integers(8, 60), micro=st.sampled_from([1, 2]), groups=st.integers(1, 4), seed=st.integers(0, 5)
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_each_row_once_per_epoch_in_the_same_order_at_any_world_size(rows, micro, groups, seed):
+    global_batch = micro * groups
+    plan = BatchPlan(list(range(rows)), global_batch, micro, seed)
+    steps = 2 * rows  # several epochs
+    order = [row for step in range(steps) for row in plan.global_rows(step)]
+    for epoch in range(len(order) // rows):
+        assert sorted(order[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+    assert BatchPlan(list(range(rows)), global_batch, micro, seed).global_rows(steps - 1) == plan.global_rows(steps - 1)
+    for world in range(1, groups + 1):
+        if groups % world:
+            continue
+        for step in (0, 3):
+            by_rank = [plan.micro_batches(step, rank, world) for rank in range(world)]
+            joined = [by_rank[index % world][index // world] for index in range(groups)]
+            assert [row for group in joined for row in group] == plan.global_rows(step)
+
+
+def test_too_few_rows_are_refused_and_steps_cover_every_row():
+    with pytest.raises(DataError, match=r"3 training rows are fewer than train\.global_batch_size=4"):
+        BatchPlan([0, 1, 2], 4, 1, 0)
+    plan = BatchPlan(list(range(10)), 4, 1, 0)
+    assert plan.steps_for(1.0) == 3 and plan.epoch_at(3) == 1.2
+
+
+def test_held_out_rows_are_disjoint_and_a_function_of_the_seed():
+    train, held_out = split_rows(50, 8, 3)
+    assert len(held_out) == 8 and not set(train) & set(held_out) and len(train) == 42
+    assert split_rows(50, 8, 3) == (train, held_out) and split_rows(50, 8, 4)[1] != held_out

@@ -1,0 +1,15 @@
+"""Imported once by the process that tests/warm.py forks from."""
+
+import datasets  # noqa: F401
+import deepspeed.runtime.engine  # noqa: F401
+import peft  # noqa: F401
+import transformers.models.auto.modeling_auto
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import abba.evaluation.score
+import abba.sharded.checkpoint
+import abba.sharded.process_group
+import abba.training.describe
+import abba.training.finish
+import abba.training.loop
+import abba.training.model  # noqa: F401
