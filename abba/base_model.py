@@ -16,6 +16,7 @@ for _module in ("transformers", "torch.distributed"):
     warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{_module}\b")
 disable_progress_bar()
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -46,6 +47,9 @@ def find_base(name_or_path: str, revision: str | None) -> Path:
 
 
 def load_tokenizer(directory: Path) -> Any:
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make up an empty tokenizer, which turns every text into nothing.
+        raise CheckpointError(f"{directory}: has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
