@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import warm
-from tests.distributed.ranks import STORIES, TINY
+from tests.distributed.ranks import STORIES, TINY, environment
 from tests.warm import ROOT
 
 TRAIN = ["launch/train.py", "--recipe", "quickstart", "train.max_steps=1", "data.max_rows=100"]
