@@ -1,5 +1,6 @@
 """Where a base model lies, its tokenizer and its architecture; loads no weights."""
 
+import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def load_tokenizer(directory: Path) -> Any:
         # transformers would make up an empty tokenizer, which turns every text into nothing.
         raise CheckpointError(f"{directory}: has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from None
 
@@ -59,6 +60,17 @@ def load_tokenizer(directory: Path) -> Any:
 def load_config(directory: Path) -> PretrainedConfig:
     """The architecture. Code that a model directory may bring along is never run."""
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{directory}: its config.json cannot be used: {first_line(error)}") from None
+
+
+def choose_attention(config: PretrainedConfig, wanted: str, device_type: str) -> tuple[str, str]:
+    """(implementation, why) for `wanted`, which may be "auto"."""
+    if wanted != "auto":
+        return wanted, "the recipe says so"
+    if device_type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2", "flash-attn is installed"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "eager", "this architecture caps attention logits, which sdpa would leave out"
+    return "sdpa", "flash-attn is not installed" if device_type == "cuda" else "there is no GPU"

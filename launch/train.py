@@ -27,6 +27,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 def run(recipe: Recipe, ranks: Ranks) -> None:
     # Imported here because it takes seconds: a mistake in the recipe is shown at once, by every launcher.
+    import torch
     import torch.distributed as dist
 
     from abba.adapter.inject import find_targets, inject
@@ -35,7 +36,6 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     from abba.sharded.engine import engine_config, start_engine
     from abba.sharded.initialize import starting_factors
     from abba.sharded.process_group import start_process_group
-    from abba.text.encode import padding_id
     from abba.training.batches import BatchPlan, split_rows
     from abba.training.finish import checkpoint_state, finish
     from abba.training.loop import Stream, assert_delta_is_zero, held_out_loss, train
@@ -43,7 +43,6 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     from abba.training.model import enable_checkpointing, load_partitioned
     from abba.training.prepare import accumulation_steps, prepare
     from abba.training.schedule import learning_rate
-    from abba.training.tokens import TokenizedRows
 
     began, settings = time.monotonic(), recipe.train
     say = partial(print, flush=True) if ranks.is_main else (lambda line: None)
@@ -51,8 +50,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
 
     # Data: rank 0 fetches and tokenises before anyone joins; the others find the result on disk.
-    directory, base, tokenizer, tokens = prepare(recipe, ranks.is_main, say)
-    data = TokenizedRows(tokens)
+    directory, base, padding, data = prepare(recipe, ranks.is_main, say)
     train_rows, eval_rows = split_rows(len(data), recipe.data.eval_rows, settings.seed)
     plan = BatchPlan(train_rows, settings.global_batch_size, micro_batch, settings.seed)
     steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
@@ -60,6 +58,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
 
     # Base: each rank reads its own slice of every weight; no rank ever holds or sends a full copy.
     device = start_process_group(ranks)
+    torch.manual_seed(settings.seed + ranks.rank)  # for dropout, where a base has any
     dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
     config = engine_config(dtype, micro_batch, accumulation, settings.max_grad_norm, recipe.deepspeed)
     model = load_partitioned(base, dtype, attention, config, device, ranks, say)
@@ -78,15 +77,17 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     enable_checkpointing(model, settings.gradient_checkpointing)
     masters = {f"{name}.{key}": value for name, f in factors.items() for key, value in f._asdict().items()}
     engine = start_engine(model, config, settings.adam(), masters)
-    stream = Stream(data, plan, padding_id(tokenizer), ranks, device)
+    stream = Stream(data, plan, padding, ranks, device)
     if recipe.adapter.init_from is None:
         assert_delta_is_zero(engine, stream)
-    say(
-        f"engine: {ranks.world_size} ranks x {accumulation} micro-batches; {time.monotonic() - began:.0f} s to get here"
-    )
+    del factors, masters  # full fp32 copies; the engine holds its slices
+    seconds = time.monotonic() - began
+    say(f"engine: {ranks.world_size} ranks x {accumulation} micro-batches a step; ready after {seconds:.0f} s")
 
     # Loop: step, finite?, log, save?
-    state = checkpoint_state(recipe, report.shapes, tokens, base)
+    if ranks.is_main:
+        directory.begin(recipe.model_dump(mode="json"))
+    state = checkpoint_state(recipe, report.shapes, data.path, base)
     keep = recipe.checkpoint.save_total_limit
     rate = {"steps": steps, "peak": settings.learning_rate}
     rate |= {"kind": settings.lr_scheduler_type, "warmup_ratio": settings.warmup_ratio}
@@ -156,6 +157,8 @@ def main() -> int:
         run(recipe, ranks)
     except AbbaError as error:
         return fail(ranks, partial(exit_with, error, "" if ranks.is_main else f"[rank {ranks.rank}] "))
+    except KeyboardInterrupt:
+        return 130
     except Exception:
         return fail(ranks, lambda: print(f"[rank {ranks.rank}] {traceback.format_exc()}", file=sys.stderr) or 1)
     return 0

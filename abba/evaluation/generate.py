@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from abba.adapter.files import load_adapter
-from abba.base_model import load_tokenizer
+from abba.base_model import choose_attention, load_config, load_tokenizer
 from abba.errors import CheckpointError, first_line
 from abba.text.encode import encode_prompt, padding_id
 
@@ -20,10 +20,18 @@ def load_for_generation(base: Path, adapter: Path | None, dtype: torch.dtype) ->
         CheckpointError: the base has no safetensors, or the adapter is damaged or made for another base.
     """
     tokenizer = load_tokenizer(base)
-    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    on_gpu = torch.cuda.is_available()
+    placement = {"device_map": "auto"} if on_gpu else {}
+    attention, _ = choose_attention(load_config(base), "auto", "cuda" if on_gpu else "cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, use_safetensors=True, local_files_only=True, **placement
+            base,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **placement,
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{base}: cannot be loaded: {first_line(error)}") from None

@@ -6,16 +6,23 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state, safe_set_local_fp32_param
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from abba.checkpoint.slices import slice_bounds
+from abba.errors import RecipeError
 
 
 def engine_config(
     dtype: torch.dtype, micro_batch: int, accumulation: int, max_grad_norm: float, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A DeepSpeed configuration; `extra` is the recipe's own `deepspeed:` section, without OWNED_KEYS."""
+    """A DeepSpeed configuration; `extra` is the recipe's own `deepspeed:` section, without OWNED_KEYS.
+
+    Raises:
+        RecipeError: DeepSpeed does not know a key of `extra`, or not this value of it.
+    """
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -33,7 +40,14 @@ def engine_config(
         "communication_data_type": "fp32",
         "steps_per_print": 1_000_000_000,
     }
-    return _merged(config, extra)
+    config = _merged(config, extra)
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        where = ".".join(map(str, mistake["loc"]))
+        raise RecipeError(f"deepspeed.zero_optimization.{where}: {mistake['input']!r}: {mistake['msg']}") from None
+    return config
 
 
 def start_engine(

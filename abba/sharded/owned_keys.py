@@ -1,6 +1,21 @@
 """What a recipe's `deepspeed:` section may not set, and where to set it instead. Imports nothing."""
 
 # Keys of a DeepSpeed configuration that follow from the recipe; `deepspeed:` may not set them a second time.
+# What else a `deepspeed:` section may hold at its top. DeepSpeed itself ignores a name it does not know.
+FREE_KEYS = (
+    "aio",
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_optimization",
+)
 OWNED_KEYS = {
     "train_batch_size": "set train.global_batch_size",
     "train_micro_batch_size_per_gpu": "set train.per_device_train_batch_size",

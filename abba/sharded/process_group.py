@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from abba.errors import RankLostError
+from abba.errors import RankLostError, first_line
 from abba.sharded.ranks import Ranks
 
 
@@ -35,7 +35,13 @@ def start_process_group(ranks: Ranks) -> torch.device:
     else:
         accelerator.set_device(ranks.local_rank)
     backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    except RuntimeError as error:
+        raise RankLostError(
+            f"rank {ranks.rank} cannot meet the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+            f"{first_line(error)}; if another job holds the port, choose one with --master_port"
+        ) from None
     if dist.get_world_size() != ranks.world_size or dist.get_rank() != ranks.rank:
         raise RankLostError(
             f"joined as rank {dist.get_rank()} of {dist.get_world_size()} where {ranks.launcher} promised "

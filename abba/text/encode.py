@@ -25,8 +25,9 @@ def encode_response(tokenizer: Any, responses: list[str]) -> list[list[int]]:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The id to pad with. Where a tokenizer has no pad token, as Llama's, EOS serves.
+    """The id to pad with: EOS, whatever the tokenizer says.
 
-    Labels are masked by length and never by id, so a padding EOS cannot hide the one that ends a response.
+    Llama has no pad token, and a pad token added to a tokenizer often has no embedding. Labels and attention are masked
+    by position and never by id, so a padding EOS cannot hide the one that ends a response.
     """
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return tokenizer.eos_token_id

@@ -1,5 +1,6 @@
 """The loop and the step, nothing else."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,21 +105,19 @@ def optimizer_step(
     """
     supervised = stream.data.supervised_tokens(stream.plan.global_rows(step))
     undo = len(batches) * stream.ranks.world_size / supervised
-    loss_sum, bad_batch = 0.0, -1
+    losses = []
     for index, batch in enumerate(batches):
         logits = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         loss = token_loss_sum(logits, batch.labels)
         engine.backward(loss * undo)
-        value = float(loss.detach())
-        loss_sum += value
-        if bad_batch < 0 and not torch.isfinite(loss.detach()):
-            bad_batch = index
+        losses.append(loss.detach())  # read once per step: each read waits for the device
         if index + 1 < len(batches):
             engine.step()  # not at the boundary: only counts the micro-batch
 
     # Every rank learns of every other's loss before anything is updated.
-    own = [loss_sum, bad_batch, time.monotonic() - started, data_seconds]
-    everyone = _gather(own, stream.device)
+    values = torch.stack(losses).tolist()
+    bad_batch = next((index for index, value in enumerate(values) if not math.isfinite(value)), -1)
+    everyone = _gather([sum(values), bad_batch, time.monotonic() - started, data_seconds], stream.device)
     for rank, (_, bad, *_) in enumerate(everyone.tolist()):
         if bad >= 0:
             rows = stream.plan.micro_batches(step, rank, stream.ranks.world_size)[int(bad)]
@@ -191,9 +190,7 @@ def _slowest(everyone: torch.Tensor) -> str:
     if len(seconds) == 1:
         return ""
     rank = int(seconds.argmax())
-    return (
-        f"  slowest rank {rank} {seconds[rank]:.2f} s, data {everyone[rank, 3]:.2f} s, median {seconds.median():.2f} s"
-    )
+    return f"  slowest rank {rank}: {seconds[rank]:.2f} s, of it data {everyone[rank, 3]:.2f} s"
 
 
 def _numbers(stream: Stream, rows: list[int]) -> str:

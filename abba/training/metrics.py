@@ -65,6 +65,12 @@ class Reporter:
         done = record["step"]
         if self._first_step is None:
             self._first_step = done - 1
+        if "eval_loss" in record:
+            self.say(f"step {done}/{self._steps}  eval loss {record['eval_loss']:.4f}")
+        if "save_bytes" in record:
+            self.say(
+                f"step {done}/{self._steps}  saved {record['save_bytes']:,} bytes in {record['save_seconds']:.1f} s"
+            )
         short = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=short)

@@ -1,29 +1,17 @@
 """The base model as it is trained: partitioned, filled from disk, with gradient checkpointing."""
 
-import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-from abba.base_model import load_config
+from abba.base_model import choose_attention, load_config
 from abba.sharded.loading import load_base, partitioned_from_birth
 from abba.sharded.ranks import Ranks
-
-
-def choose_attention(config: PretrainedConfig, wanted: str, device_type: str) -> tuple[str, str]:
-    """(implementation, why) for `wanted`, which may be "auto"."""
-    if wanted != "auto":
-        return wanted, "the recipe says so"
-    if device_type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2", "flash-attn is installed"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "eager", "this architecture caps attention logits, which sdpa would leave out"
-    return "sdpa", "flash-attn is not installed" if device_type == "cuda" else "there is no GPU"
 
 
 def load_partitioned(

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from abba.base_model import find_base, load_tokenizer
-from abba.errors import RecipeError
+from abba.base_model import find_base, load_config, load_tokenizer
+from abba.errors import CheckpointError, RecipeError
+from abba.text.encode import padding_id
 from abba.training.recipe import DataSection, Recipe
 from abba.training.rows import RowSource
 from abba.training.run_directory import RunDirectory, wait_for
-from abba.training.tokens import prepare_tokens, tokens_path
+from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
@@ -33,8 +33,8 @@ def row_source(data: DataSection) -> RowSource:
     return RowSource(**fields)
 
 
-def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[RunDirectory, Path, Any, Path]:
-    """(run directory, base model's directory, tokenizer, tokens file).
+def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[RunDirectory, Path, int, TokenizedRows]:
+    """(run directory, base model's directory, id to pad with, tokenised rows).
 
     Rank 0 writes, and fails, before any process group exists: nobody waits in a collective that would time out. The
     others wait for the tokens file, whose name is a hash of what it is made from.
@@ -48,10 +48,18 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     tokenizer = load_tokenizer(base)
     source = row_source(recipe.data)
     if is_main:
-        directory.prepare(recipe.overwrite_output_dir, recipe.model_dump(mode="json"))
+        directory.claim(recipe.overwrite_output_dir)
     tokens = tokens_path(source, tokenizer, directory.tokens)
     if not is_main:
-        wait_for(tokens, say)
-    elif not tokens.is_file():
+        wait_for(tokens)
+    elif tokens.is_file():
+        say(f"data: {tokens} holds these rows as tokens already")
+    else:
         prepare_tokens(source, tokenizer, tokens, say)
-    return directory, base, tokenizer, tokens
+    data, vocabulary = TokenizedRows(tokens), load_config(base).get_text_config().vocab_size
+    if data.largest_id >= vocabulary:
+        raise CheckpointError(
+            f"{base}: its tokenizer gives id {data.largest_id}, its model has {vocabulary} embeddings; "
+            "tokenizer and model do not belong together"
+        )
+    return directory, base, padding_id(tokenizer), data

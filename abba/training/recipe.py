@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from abba.adapter.config import SEVEN_LINEARS, AdapterConfig
 from abba.errors import RecipeError
-from abba.sharded.owned_keys import OWNED_KEYS
+from abba.sharded.owned_keys import FREE_KEYS, OWNED_KEYS
 from abba.training.yaml_file import read_recipe_file, suggestion
 
 Positive = Annotated[int, Field(ge=1)]
@@ -137,6 +137,13 @@ class Recipe(Section):
             section, _, inner = key.partition(".")
             if section in value and (not inner or (isinstance(value[section], dict) and inner in value[section])):
                 raise PydanticCustomError("owned", "{key} cannot be set here: {why}", {"key": key, "why": way_out})
+        for key in value.keys() - FREE_KEYS:
+            near = suggestion(key, list(FREE_KEYS))
+            raise PydanticCustomError(
+                "owned",
+                "{key}: unknown key{near}; known here: {known}",
+                {"key": key, "near": near, "known": ", ".join(FREE_KEYS)},
+            )
         return value
 
 

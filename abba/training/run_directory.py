@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
 
-    def prepare(self, overwrite: bool, recipe: dict[str, Any]) -> None:
-        """Create it and write recipe.yaml; one process of a run does this.
+    def claim(self, overwrite: bool) -> None:
+        """Create it, and make sure that it is ours to use; one process of a run does this.
 
         Raises:
             CheckpointError: it cannot be written, or holds an earlier run and `overwrite` is false.
@@ -50,13 +49,16 @@ class RunDirectory:
                 f"output_dir {self.path}: holds {earlier[0].relative_to(self.path)} of an earlier run; choose another "
                 "output_dir, or discard that run with overwrite_output_dir=true"
             )
+
+    def begin(self, recipe: dict[str, Any]) -> None:
+        """Discard an earlier run and write recipe.yaml; called when nothing but training itself can still go wrong."""
         for path in (self.checkpoints, self.adapter):
             shutil.rmtree(path, ignore_errors=True)
         self.metrics.unlink(missing_ok=True)
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
-def wait_for(path: Path, report: Callable[[str], None]) -> None:
+def wait_for(path: Path) -> None:
     """Wait until rank 0 has prepared `path`; without a collective, which would time out during a long tokenisation.
 
     Raises:
@@ -69,9 +71,6 @@ def wait_for(path: Path, report: Callable[[str], None]) -> None:
             raise CheckpointError(
                 f"{path}: not here after {waited / 60:.0f} minutes; is output_dir on storage that all nodes share?"
             )
-        if int(waited) % 60 == 59:
-            report(f"waiting for rank 0 to prepare {path.name}")
-            time.sleep(1)
         time.sleep(0.2)
 
 

@@ -89,11 +89,16 @@ class TokenizedRows:
     """The rows of a tokens file, read into memory: 4 bytes a token."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         with SafetensorsFile(path) as file:
             self._ids, self._stops, self._prompts, self.sources = (
                 file.read_full(name) for name in ("input_ids", "stops", "prompts", "sources")
             )
         self._starts = torch.cat([self._stops.new_zeros(1), self._stops[:-1]])
+
+    @property
+    def largest_id(self) -> int:
+        return int(self._ids.max())
 
     def __len__(self) -> int:
         return len(self._stops)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import warm
-from tests.distributed.ranks import STORIES, TINY, environment
+from tests.distributed.ranks import STORIES, TINY, environment, free_port
 from tests.warm import ROOT
 
 TRAIN = ["launch/train.py", "--recipe", "quickstart", "train.max_steps=1", "data.max_rows=100"]
@@ -57,6 +58,15 @@ def test_a_missing_recipe_and_a_missing_argument(run):
     lines = check(run("launch/train.py", "--recipe", "quickstrat"), 64, "did you mean quickstart?")
     assert len(lines) == 1
     assert run("launch/train.py").returncode == 2
+
+
+def test_a_port_that_is_taken(run, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        check(run(*TRAIN, f"output_dir={tmp_path / 'run'}", **ranks), 71, f"127.0.0.1:{port}", "--master_port")
 
 
 def test_ranks_that_do_not_divide_the_batch(run):
@@ -107,6 +117,7 @@ NORM = "model.layers.1.input_layernorm.weight"
         (lambda b: (b / "config.json").write_text("{"), "is not a valid JSON file"),
         (lambda b: reconfigure(b, model_type="unheard"), "its config.json cannot be used"),
         (lambda b: reconfigure(b, hidden_size=64), "in the file and"),
+        (lambda b: reconfigure(b, vocab_size=500), "its model has 500 embeddings"),
         (lambda b: [(b / f"tokenizer.{kind}").unlink() for kind in ("json", "model")], "has no tokenizer: none of"),
     ],
 )  # fmt: skip
@@ -122,6 +133,7 @@ def test_a_base_that_cannot_be_used(run, tmp_path, change, expected):
     [
         (["adapter.target_modules=[q_prj]"], "'q_prj' matches no module of the model; did you mean q_proj?"),
         (["adapter.r1=200"], "200 is above the rank of model.layers.0.self_attn.q_proj, whose weight is (128, 128)"),
+        (["deepspeed.zero_optimization.stage3_max_live_parameter=1"], "deepspeed.zero_optimization.stage3_max_live"),
         (["adapter.init_from=nowhere"], "nowhere: is not an ABBA adapter"),
     ],
 )
@@ -138,7 +150,16 @@ def test_an_earlier_run_is_not_overwritten_unasked(run, tmp_path):
 
 
 def test_the_deepspeed_launcher_shows_it_once_and_keeps_the_code(tmp_path):
-    command = ["deepspeed", "--num_gpus", "2", *TRAIN, "adapter.target_modules=[q_prj]", f"output_dir={tmp_path}"]
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        *TRAIN,
+        "adapter.target_modules=[q_prj]",
+        f"output_dir={tmp_path}",
+    ]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
     assert result.returncode == 64
     assert (result.stdout + result.stderr).count("did you mean q_proj?") == 1

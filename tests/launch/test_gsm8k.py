@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import warm
-from tests.distributed.ranks import TINY, environment, read_metrics
+from tests.distributed.ranks import TINY, environment, free_port, read_metrics
 from tests.warm import ROOT
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -21,7 +21,16 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory: Path = tmp_path_factory.mktemp("gsm8k") / "run"
-    command = ["deepspeed", "--num_gpus", "2", "launch/train.py", "--recipe", "gsm8k.yaml"]
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "launch/train.py",
+        "--recipe",
+        "gsm8k.yaml",
+    ]
     command += [f"model.name_or_path={TINY}", f"data.path={GSM8K / 'train.jsonl'}", f"output_dir={directory}"]
     result = subprocess.run(
         [*command, "train.max_steps=60", "train.global_batch_size=8", "train.warmup_ratio=0"],

@@ -84,6 +84,7 @@ def test_numbers_as_people_write_them(tmp_path, text, value):
         (["adapter.layer_range=[4, 2]"], "holds no layer"),
         (["deepspeed.bf16.enabled=false"], "bf16 cannot be set here: set model.dtype"),
         (["deepspeed.zero_optimization.stage=2"], "zero_optimization.stage cannot be set here"),
+        (["deepspeed.zero_optimizaton.stage=2"], "zero_optimizaton: unknown key; did you mean zero_optimization?"),
         (["train=3"], "train"),
         (["max_steps"], "'max_steps': is no override; write section.key=value"),
         (["--train.x=1"], "is no override"),
