@@ -1,16 +1,19 @@
-"""Where a base model lies, its tokenizer and its architecture; loads no weights."""
+"""A base model: where it lies, its tokenizer, its architecture, and loading it whole in one process."""
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from abba.errors import CheckpointError, first_line
+from abba.errors import AbbaError, CheckpointError, RecipeError, first_line
+from abba.storage import is_there
 
 # Deprecations inside libraries that their next release settles; a user can do nothing about them.
 for _module in ("transformers", "torch.distributed"):
@@ -30,7 +33,11 @@ def find_base(name_or_path: str, revision: str | None) -> Path:
         CheckpointError: it is neither a directory nor in the Hub cache; says how to fetch it.
     """
     directory = Path(name_or_path)
-    if directory.is_dir():
+    if is_there(directory):
+        if revision is not None:
+            raise RecipeError(
+                f"model.revision: {revision!r} has no meaning for the directory {directory}; leave it out"
+            )
         if not (directory / "config.json").is_file():
             raise CheckpointError(f"model.name_or_path: {directory} is no model directory: it has no config.json")
         return directory
@@ -38,7 +45,7 @@ def find_base(name_or_path: str, revision: str | None) -> Path:
         raise CheckpointError(f"model.name_or_path: {name_or_path!r} is no directory; give one, or a Hub name")
     try:
         found = snapshot_download(name_or_path, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # HFValidationError among them
         fetch = f"hf download {name_or_path}" + (f" --revision {revision}" if revision else "")
         raise CheckpointError(
             f"model.name_or_path: {name_or_path!r} is neither a directory here nor in the Hub cache; "
@@ -51,26 +58,66 @@ def load_tokenizer(directory: Path) -> Any:
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         # transformers would make up an empty tokenizer, which turns every text into nothing.
         raise CheckpointError(f"{directory}: has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
-    try:
+    with _named(directory, "its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from None
 
 
 def load_config(directory: Path) -> PretrainedConfig:
     """The architecture. Code that a model directory may bring along is never run."""
-    try:
+    with _named(directory, "its config.json cannot be used"):
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory}: its config.json cannot be used: {first_line(error)}") from None
 
 
-def choose_attention(config: PretrainedConfig, wanted: str, device_type: str) -> tuple[str, str]:
+def build_empty(directory: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The architecture without weights: parameters are what the surrounding contexts make of them.
+
+    Raises:
+        CheckpointError: config.json describes no causal LM.
+        RecipeError: the attention implementation is not installed.
+    """
+    config = load_config(directory)
+    with _named(directory, "its config.json does not make a causal LM"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+        model.tie_weights()  # left to the weight initialisation, which may be skipped
+        return model
+
+
+def load_whole(directory: Path, dtype: torch.dtype, attention: str, **placement: Any) -> PreTrainedModel:
+    """The model with its weights in this one process, in eval mode; for generation and checks, not for training."""
+    with _named(directory, "cannot be loaded"):
+        return AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **placement,
+        ).eval()
+
+
+def choose_attention(config: PretrainedConfig, wanted: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """(implementation, why) for `wanted`, which may be "auto"."""
     if wanted != "auto":
         return wanted, "the recipe says so"
-    if device_type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+    flash = importlib.util.find_spec("flash_attn") is not None
+    if device_type == "cuda" and flash and dtype != torch.float32:
         return "flash_attention_2", "flash-attn is installed"
     if getattr(config, "attn_logit_softcapping", None):
         return "eager", "this architecture caps attention logits, which sdpa would leave out"
-    return "sdpa", "flash-attn is not installed" if device_type == "cuda" else "there is no GPU"
+    return "sdpa", "there is no GPU" if device_type != "cuda" else "flash-attn is not installed or does not do fp32"
+
+
+@contextmanager
+def _named(directory: Path, what: str) -> Iterator[None]:
+    """Errors of half a dozen libraries, raised over what a model's files say, as one line that names the directory."""
+    try:
+        yield
+    except AbbaError:
+        raise
+    except ImportError as error:
+        raise RecipeError(f"model.attn_implementation: {first_line(error)}; write auto or sdpa") from None
+    except Exception as error:
+        raise CheckpointError(f"{directory}: {what}: {first_line(error)}") from None

@@ -12,8 +12,13 @@ class AbbaError(Exception):
     exit_code = 1
     subject = "abba"
 
+    @property
+    def reason(self) -> str:
+        """The message without its subject."""
+        return super().__str__()
+
     def __str__(self) -> str:
-        return f"{self.subject}: {super().__str__()}"
+        return f"{self.subject}: {self.reason}"
 
 
 class RecipeError(AbbaError):

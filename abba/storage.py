@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abba.errors import CheckpointError
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -30,8 +30,10 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 
@@ -169,7 +171,7 @@ class SafetensorsFile:
             spans = sorted((tuple(entry["data_offsets"]), name) for name, entry in header.items())
             tensors, expected = {}, 0
             for (begin, end), name in spans:
-                dtype, shape = DTYPES[header[name]["dtype"]], tuple(int(n) for n in header[name]["shape"])
+                dtype, shape = STORED_DTYPES[header[name]["dtype"]], tuple(int(n) for n in header[name]["shape"])
                 if begin != expected or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
                     raise ValueError(f"tensor {name} does not lie where its shape and neighbours say")
                 tensors[name] = StoredTensor(dtype, shape, 8 + length + begin)
@@ -231,6 +233,14 @@ def publish_directory(temporary: Path, final: Path) -> None:
         shutil.rmtree(displaced)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path that a user wrote exists; one that no file can have does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
+
+
 def make_directory(path: Path, purpose: str) -> None:
     """Create a directory that we are about to write to.
 
@@ -242,7 +252,8 @@ def make_directory(path: Path, purpose: str) -> None:
         probe = path / f".write-test-{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"{purpose} {path}: cannot be written: {error.strerror}; choose another place or change its permissions"
+            f"{purpose} {path}: cannot be written: {reason}; choose another place or change its permissions"
         ) from error

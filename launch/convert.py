@@ -72,9 +72,7 @@ def compare_with_peft(checkpoint: Path, arguments: argparse.Namespace) -> None:
     limit = TOLERANCE[arguments.dtype] * max(1.0, largest)
     line = f"stock PEFT's logits differ from the native ones by at most {difference:.1e} (largest {largest:.1f})"
     if not difference <= limit:
-        raise CheckpointError(
-            f"{arguments.destination}: {line}, above {limit:.1e}; is --base the model it was trained on?"
-        )
+        raise CheckpointError(f"{arguments.destination}: {line}, above {limit:.1e}; is --base its base? DST is kept")
     print(line)
 
 

@@ -11,6 +11,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from common import positive
+
 from abba.errors import AbbaError, exit_with
 
 
@@ -51,13 +53,6 @@ def main() -> int:
         f"{scores['task']}: exact match {scores['exact_match']:.1f}% of {scores['n']}; {arguments.output}/scores.json"
     )
     return 0
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from common import positive
+
 from abba.errors import AbbaError, exit_with
 
 
@@ -20,7 +22,7 @@ def main() -> int:
     parser.add_argument("--revision", help="of a Hub model")
     parser.add_argument("--adapter", type=Path, help="an adapter directory")
     parser.add_argument("--prompt", help="the instruction; the recipe's template is put around it")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=positive, default=256)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
     try:

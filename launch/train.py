@@ -18,11 +18,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from common import RECIPES
+
 from abba.errors import AbbaError, exit_with
 from abba.sharded.ranks import Ranks, ranks_from_environment
 from abba.training.recipe import Recipe, load_recipe
-
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def run(recipe: Recipe, ranks: Ranks) -> None:
@@ -42,6 +42,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     from abba.training.metrics import Reporter
     from abba.training.model import enable_checkpointing, load_partitioned
     from abba.training.prepare import accumulation_steps, prepare
+    from abba.training.run_directory import fingerprint
     from abba.training.schedule import learning_rate
 
     began, settings = time.monotonic(), recipe.train
@@ -61,7 +62,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     torch.manual_seed(settings.seed + ranks.rank)  # for dropout, where a base has any
     dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
     config = engine_config(dtype, micro_batch, accumulation, settings.max_grad_norm, recipe.deepspeed)
-    model = load_partitioned(base, dtype, attention, config, device, ranks, say)
+    model, base_checksum = load_partitioned(base, dtype, attention, config, device, ranks, say)
 
     # Adapter: frozen linears become AbbaLinear; factors by SVD, bit-equal at any world size.
     adapter = recipe.adapter.config()
@@ -87,7 +88,8 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     # Loop: step, finite?, log, save?
     if ranks.is_main:
         directory.begin(recipe.model_dump(mode="json"))
-    state = checkpoint_state(recipe, report.shapes, data.path, base)
+    identity = fingerprint(recipe.model_dump(mode="json"), data.path, base, base_checksum)
+    state = checkpoint_state(recipe, report.shapes, identity)
     keep = recipe.checkpoint.save_total_limit
     rate = {"steps": steps, "peak": settings.learning_rate}
     rate |= {"kind": settings.lr_scheduler_type, "warmup_ratio": settings.warmup_ratio}
@@ -111,7 +113,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     if ranks.is_main:
         finish(directory, steps, say)
         if recipe.evaluate is not None:
-            score(recipe, base, directory.adapter, directory.path / "evaluation", say)
+            score(recipe, base, directory.adapter, directory.evaluation, say)
         say(f"done in {time.monotonic() - began:.0f} s")
 
 
@@ -149,10 +151,10 @@ def main() -> int:
         ranks = ranks_from_environment()
         recipe = load_recipe(arguments.recipe, arguments.overrides, RECIPES)
         if arguments.dry_run:
-            from abba.training.describe import describe
+            from abba.training.dry_run import dry_run
 
             if ranks.is_main:
-                describe(recipe, ranks.world_size)
+                dry_run(recipe, ranks.world_size)
             return 0
         run(recipe, ranks)
     except AbbaError as error:

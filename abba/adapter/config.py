@@ -33,8 +33,8 @@ class AdapterConfig:
         for name, rank in (("r1", self.r1), ("r2", self.r2)):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise RecipeError(f"adapter.{name}: {rank!r} is not a rank; write a whole number of at least 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise RecipeError(f"adapter.alpha: {self.alpha!r} must be above 0; the paper uses 16 to 32")
+        if not 1e-6 <= self.alpha <= 1e6:
+            raise RecipeError(f"adapter.alpha: {self.alpha!r} is not between 1e-6 and 1e6; the paper uses 16 to 32")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if not self.target_modules:

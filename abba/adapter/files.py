@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from abba.adapter import export
 from abba.adapter.config import AdapterConfig
 from abba.adapter.initialize import Factors
-from abba.adapter.inject import inject
+from abba.adapter.inject import check_factors, inject
 from abba.adapter.linear import abba_modules
-from abba.errors import CheckpointError
+from abba.errors import CheckpointError, RecipeError
 from abba.storage import Spec, make_directory, publish_directory, read_json, write_json, write_safetensors
 
 WEIGHTS, PEFT_CONFIG, ABBA_CONFIG, CARD = (
@@ -68,6 +68,7 @@ def write_adapter(
     Raises:
         CheckpointError: `directory` is not empty, cannot be written, or does not hold what was meant when re-opened.
     """
+    directory = directory.resolve()
     refuse_occupied(directory, overwrite)
     make_directory(directory.parent, "adapter directory")
     temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
@@ -94,8 +95,12 @@ def write_adapter(
 
 
 def refuse_occupied(directory: Path, overwrite: bool) -> None:
-    """Raises CheckpointError when `directory` holds something that we were not told to replace."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
+    """Raises CheckpointError when `directory` holds something that is not an adapter, or is not to be replaced."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not (directory / ABBA_CONFIG).is_file():
+        raise CheckpointError(f"adapter directory {directory}: holds something that is no adapter; choose another")
+    if not overwrite:
         raise CheckpointError(f"adapter directory {directory}: is not empty; choose another or pass --force")
 
 
@@ -108,11 +113,12 @@ def verify_adapter(directory: Path) -> AdapterSummary:
     description = read_description(directory)
     path = directory / WEIGHTS
     peft = read_json(directory / PEFT_CONFIG)
-    expected_config = export.peft_config(
-        description.format, description.config, list(description.modules), description.base_model
-    )
-    if peft != expected_config:
-        wrong = sorted(key for key in peft.keys() | expected_config.keys() if peft.get(key) != expected_config.get(key))
+    if not isinstance(peft, dict):
+        raise CheckpointError(f"{directory / PEFT_CONFIG}: is no PEFT configuration")
+    base = peft.get("base_model_name_or_path")  # whoever moves the base says so there
+    expected_config = export.peft_config(description.format, description.config, list(description.modules), base)
+    wrong = sorted(key for key in peft.keys() | expected_config.keys() if peft.get(key) != expected_config.get(key))
+    if wrong:
         raise CheckpointError(
             f"{directory / PEFT_CONFIG}: {wrong[0]} is {peft.get(wrong[0])!r} "
             f"where {ABBA_CONFIG} means {expected_config.get(wrong[0])!r}"
@@ -148,7 +154,7 @@ def read_description(directory: Path) -> AdapterDescription:
         config = AdapterConfig(**raw["config"])
         modules = {str(name): (int(out), int(into)) for name, (out, into) in raw["modules"].items()}
         return AdapterDescription(config, raw["format"], modules, raw["base_model"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
         raise CheckpointError(f"{directory / ABBA_CONFIG}: does not describe an adapter: {error!r}") from error
 
 
@@ -205,6 +211,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> AdapterDescr
     if present.keys() != factors.keys():
         different = sorted(present.keys() ^ factors.keys())
         raise CheckpointError(f"{directory}: {len(different)} modules differ from the model's, such as {different[0]}")
+    for name, module in present.items():
+        check_factors(name, factors[name], module, description.config)
     with torch.no_grad():
         for name, module in present.items():
             for live, saved in zip(module.factors, factors[name], strict=True):
@@ -222,7 +230,7 @@ def model_card(description: AdapterDescription, dtype: torch.dtype) -> str:
     config, base = description.config, description.base_model or "the base model"
     kind = "LoHa" if description.format == "loha" else f"LoRA of rank {config.r1 * config.r2}"
     header = f"---\nbase_model: {description.base_model}\nlibrary_name: peft\ntags: [abba]\n---\n"
-    vllm = f"\n{export.vllm_advice(config).capitalize()}.\n" if description.format == "lora" else ""
+    vllm = f"\nNote: {export.vllm_advice(config)}.\n" if description.format == "lora" else ""
     return (
         f"{header}\n# ABBA adapter for {base}\n\n"
         f"delta W = s (B1 A1) * (B2 A2), r1 = {config.r1}, r2 = {config.r2}, alpha = {config.alpha:g}, "

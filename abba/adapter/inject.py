@@ -10,7 +10,7 @@ from torch import nn
 from abba.adapter.config import AdapterConfig
 from abba.adapter.initialize import Factors, check_ranks, factors_from_svd, seed_for
 from abba.adapter.linear import AbbaLinear
-from abba.errors import RecipeError
+from abba.errors import CheckpointError, RecipeError
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def inject(
 
     Raises:
         RecipeError: see `find_targets`; or `factors` are not those of exactly the target modules.
+        CheckpointError: factors have other shapes than their module needs, or cannot train.
     """
     targets = find_targets(model, config)
     if factors is not None and factors.keys() != targets.keys():
@@ -81,14 +82,30 @@ def inject(
         raise RecipeError(f"adapter: {len(different)} modules differ from the given factors, such as {different[0]}")
     model.requires_grad_(False)
     for name, linear in targets.items():
-        given = factors[name] if factors is not None else None
-        if given is None:
+        if factors is not None:
+            given = factors[name]
+        else:
             given = factors_from_svd(linear.weight, config.r1, config.r2, seed_for(name, seed))
+        check_factors(name, given, linear, config)
         AbbaLinear.adopt(linear, given, config)
     trainable = sum(_full_size(p) for p in model.parameters() if p.requires_grad)
     frozen = sum(_full_size(p) for p in model.parameters() if not p.requires_grad)
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in targets.items()}
     return InjectionReport(shapes, trainable, frozen)
+
+
+def check_factors(name: str, factors: Factors, linear: nn.Linear, config: AdapterConfig) -> None:
+    """Raises CheckpointError for factors that do not fit module `name`, or with which nothing would ever train."""
+    out, into = linear.out_features, linear.in_features
+    needed = Factors((config.r1, into), (out, config.r1), (config.r2, into), (out, config.r2))
+    for key, factor, shape in zip(Factors._fields, factors, needed, strict=True):
+        if tuple(factor.shape) != shape:
+            raise CheckpointError(
+                f"adapter: {key} of {name} is {tuple(factor.shape)}, this base needs {shape}; "
+                "the adapter was made for another model"
+            )
+    if not factors.B1.any() and not factors.B2.any():
+        raise CheckpointError(f"adapter: B1 and B2 of {name} are all zero, so no factor of it has a gradient")
 
 
 def layer_index(name: str) -> int | None:

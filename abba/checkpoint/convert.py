@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from abba.adapter.config import AdapterConfig
 from abba.adapter.files import AdapterDescription, AdapterSummary, refuse_occupied, write_adapter
 from abba.adapter.initialize import Factors
 from abba.checkpoint.format import MANIFEST, ShardReader, newest_valid, read_state, verify
@@ -45,11 +44,12 @@ def convert(
     Raises:
         CheckpointError: the checkpoint's files disagree, or `destination` cannot be used; nothing is written then.
     """
-    if checkpoint.resolve() in (destination.resolve(), *destination.resolve().parents):
-        raise CheckpointError(f"adapter directory {destination}: is inside the checkpoint; choose another place")
+    inner, outer = checkpoint.resolve(), destination.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise CheckpointError(f"adapter directory {destination}: overlaps the checkpoint {checkpoint}; choose another")
     refuse_occupied(destination, overwrite)
     state = read_state(checkpoint)
-    description = AdapterDescription(AdapterConfig(**state.adapter), format, state.modules, state.base_model)
+    description = AdapterDescription(state.adapter, format, state.modules, state.base_model)
     with ShardReader(checkpoint, state) as reader:
         return description, write_adapter(destination, description, partial(_factors, reader), dtype, overwrite)
 

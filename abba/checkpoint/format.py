@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abba.adapter.config import AdapterConfig
 from abba.checkpoint.slices import overlapping, slice_bounds
-from abba.errors import CheckpointError
+from abba.errors import CheckpointError, RecipeError
 from abba.storage import (
     FileEntry,
     SafetensorsFile,
@@ -137,7 +138,7 @@ class CheckpointState:
     world_size: int
     seed: int
     base_model: str
-    adapter: dict[str, Any]
+    adapter: AdapterConfig
     modules: dict[str, tuple[int, int]]  # name -> (out, in)
     tensors: dict[str, tuple[int, ...]]  # trainable tensor -> full shape
     fingerprint: dict[str, Any]
@@ -154,8 +155,9 @@ def read_state(directory: Path) -> CheckpointState:
             raise ValueError(f"only version {FORMAT_VERSION} can be read")
         raw["modules"] = {name: tuple(map(int, shape)) for name, shape in raw["modules"].items()}
         raw["tensors"] = {name: tuple(map(int, shape)) for name, shape in raw["tensors"].items()}
+        raw["adapter"] = AdapterConfig(**raw["adapter"])
         return CheckpointState(**raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
         raise CheckpointError(f"{directory / STATE}: does not describe a checkpoint: {error}") from error
 
 
@@ -201,6 +203,13 @@ class ShardReader:
                         )
 
 
+def remove_checkpoints(root: Path) -> None:
+    """Delete every checkpoint of `root`, and what killed saves left behind; nothing else."""
+    for path in list(_children(root)):
+        if _STEP.fullmatch(path.name.removesuffix(".tmp")):
+            shutil.rmtree(path)
+
+
 def _manifest_files(directory: Path) -> dict[str, FileEntry]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is no directory")
@@ -209,6 +218,8 @@ def _manifest_files(directory: Path) -> dict[str, FileEntry]:
         if raw["format_version"] != FORMAT_VERSION:
             raise ValueError(f"only version {FORMAT_VERSION} can be read")
         files = {name: FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
+        if len(files) != int(raw["world_size"]) + 1:  # before the names of a world that never was are built
+            raise ValueError(f"it lists {len(files)} files for {raw['world_size']} shards and {STATE}")
         expected = {shard_name(rank, raw["world_size"]) for rank in range(int(raw["world_size"]))} | {STATE}
         if files.keys() != expected:
             raise ValueError(f"it does not list exactly the {raw['world_size']} shards and {STATE}")

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from abba.adapter.files import load_adapter
-from abba.base_model import choose_attention, load_config, load_tokenizer
-from abba.errors import CheckpointError, first_line
+from abba.base_model import choose_attention, load_config, load_tokenizer, load_whole
 from abba.text.encode import encode_prompt, padding_id
 
 
@@ -21,23 +20,13 @@ def load_for_generation(base: Path, adapter: Path | None, dtype: torch.dtype) ->
     """
     tokenizer = load_tokenizer(base)
     on_gpu = torch.cuda.is_available()
-    placement = {"device_map": "auto"} if on_gpu else {}
-    attention, _ = choose_attention(load_config(base), "auto", "cuda" if on_gpu else "cpu")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            **placement,
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{base}: cannot be loaded: {first_line(error)}") from None
+    attention, _ = choose_attention(load_config(base), "auto", "cuda" if on_gpu else "cpu", dtype)
+    model = load_whole(base, dtype, attention, **({"device_map": "auto"} if on_gpu else {}))
+    # A base may bring penalties and beams of its own, which would change what "greedy" means.
+    model.generation_config = GenerationConfig()
     if adapter is not None:
         load_adapter(model, adapter)
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 @torch.inference_mode()
@@ -56,16 +45,11 @@ def generate_greedy(
         for line, index in enumerate(chosen):  # padded on the left: generation continues on the right
             ids[line, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[line, longest - len(prompts[index]) :] = 1
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding
+        )
         output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=padding,
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
         )
         texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         yield from zip(chosen, texts, strict=True)

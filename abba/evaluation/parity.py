@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from abba.adapter.files import read_description
 from abba.adapter.initialize import Factors
 from abba.adapter.inject import inject
+from abba.base_model import load_whole
 from abba.errors import CheckpointError, first_line
 
 
@@ -27,7 +27,7 @@ def peft_difference(base: Path, adapter: Path, factors: Mapping[str, Factors]) -
         from peft import PeftModel
     except ImportError:
         raise CheckpointError("--verify with --base needs peft: pip install 'abba-recipes[export]'") from None
-    native = _base(base)
+    native = load_whole(base, torch.float32, "eager")
     tokens = torch.arange(64).reshape(2, 32) * 37 % native.config.vocab_size
     inject(native, read_description(adapter).config, factors=factors)
     expected = native(tokens).logits
@@ -35,14 +35,7 @@ def peft_difference(base: Path, adapter: Path, factors: Mapping[str, Factors]) -
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # to PEFT a missing tensor is a warning
         try:
-            actual = PeftModel.from_pretrained(_base(base), adapter).eval()(tokens).logits
+            actual = PeftModel.from_pretrained(load_whole(base, torch.float32, "eager"), adapter).eval()(tokens).logits
         except UserWarning as error:
             raise CheckpointError(f"{adapter}: PEFT does not load all of it: {first_line(error)}") from None
     return float((actual - expected).abs().max()), float(expected.abs().max())
-
-
-def _base(directory: Path):
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, use_safetensors=True, local_files_only=True, attn_implementation="eager"
-    )
-    return model.eval()

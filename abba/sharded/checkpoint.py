@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from abba.errors import CheckpointError
 from abba.sharded.engine import local_slices, trainable_parameters
 from abba.sharded.ranks import Ranks
 from abba.storage import FileEntry
-
-_FAILED = FileEntry(-1, "00" * 32)
 
 
 def save_checkpoint(
@@ -36,27 +34,52 @@ def save_checkpoint(
     started = time.monotonic()
     final = format.step_directory(root, step)
     temporary = format.temporary_directory(final)
-    if ranks.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    failure = None
-    try:
-        entry = format.write_shard(temporary, ranks.rank, ranks.world_size, _state_of_this_rank(engine))
-    except CheckpointError as error:
-        entry, failure = _FAILED, error
-    shards = _agree(entry, engine.device)
-    lost = [rank for rank, shard in enumerate(shards) if shard == _FAILED]
-    if lost:
+    entries: list[FileEntry] = []
+
+    def make_room() -> None:
         if ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise failure or CheckpointError(f"{final}: rank {lost[0]} could not write its shard; see its message")
-    if ranks.is_main:
-        shapes = {name: tuple(parameter.ds_shape) for name, parameter in trainable_parameters(engine)}
-        format.commit(final, {**state, "step": step, "world_size": ranks.world_size, "tensors": shapes}, shards)
-        format.rotate(root, keep)
-    dist.barrier()
+            temporary.mkdir(parents=True)
+
+    def write_own_shard() -> None:
+        entries.append(format.write_shard(temporary, ranks.rank, ranks.world_size, _state_of_this_rank(engine)))
+
+    def commit() -> None:
+        if ranks.is_main:
+            shapes = {name: tuple(parameter.ds_shape) for name, parameter in trainable_parameters(engine)}
+            whole = {**state, "step": step, "world_size": ranks.world_size, "tensors": shapes}
+            format.commit(final, whole, shards)
+            format.rotate(root, keep)
+
+    try:
+        _together(make_room, final, engine.device)
+        _together(write_own_shard, final, engine.device)
+        shards = _gather_entries(entries[0], engine.device)
+        _together(commit, final, engine.device)
+    except CheckpointError:
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return {"save_seconds": time.monotonic() - started, "save_bytes": sum(shard.size for shard in shards)}
+
+
+def _together(work: Callable[[], None], final: Path, device: torch.device) -> None:
+    """Do one's part of the work; go on only if every rank could. No rank is left waiting for one that failed."""
+    failure = None
+    try:
+        work()
+    except CheckpointError as error:
+        failure = error
+    except OSError as error:
+        failure = CheckpointError(f"{final}: cannot be written: {error.strerror}")
+    failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(failed)
+    if failure is not None:
+        raise failure
+    if failed.item():
+        raise CheckpointError(
+            f"{final}: {int(failed.item())} other ranks could not write their part; see their messages"
+        )
 
 
 def _state_of_this_rank(engine: deepspeed.DeepSpeedEngine):
@@ -66,11 +89,11 @@ def _state_of_this_rank(engine: deepspeed.DeepSpeedEngine):
         yield "rng/cuda", torch.cuda.get_rng_state(engine.device)
 
 
-def _agree(entry: FileEntry, device: torch.device) -> list[FileEntry]:
+def _gather_entries(entry: FileEntry, device: torch.device) -> list[FileEntry]:
     """Every rank's entry, on every rank; as plain bytes, because object collectives unpickle what peers send."""
-    data = entry.size.to_bytes(8, "little", signed=True) + bytes.fromhex(entry.sha256)
+    data = entry.size.to_bytes(8, "little") + bytes.fromhex(entry.sha256)
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
     raw = [bytes(part.cpu().tolist()) for part in gathered]
-    return [FileEntry(int.from_bytes(part[:8], "little", signed=True), part[8:].hex()) for part in raw]
+    return [FileEntry(int.from_bytes(part[:8], "little"), part[8:].hex()) for part in raw]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from abba.checkpoint.slices import slice_bounds
-from abba.errors import RecipeError
+from abba.errors import RecipeError, first_line
 
 
 def engine_config(
@@ -40,13 +40,16 @@ def engine_config(
         "communication_data_type": "fp32",
         "steps_per_print": 1_000_000_000,
     }
-    config = _merged(config, extra)
+    zero = {**config["zero_optimization"], **extra.get("zero_optimization", {})}
+    config = {**config, **extra, "zero_optimization": zero}
     try:
-        DeepSpeedZeroConfig(**config["zero_optimization"])
+        DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         mistake = error.errors()[0]
         where = ".".join(map(str, mistake["loc"]))
         raise RecipeError(f"deepspeed.zero_optimization.{where}: {mistake['input']!r}: {mistake['msg']}") from None
+    except (TypeError, ValueError, AssertionError) as error:
+        raise RecipeError(f"deepspeed.zero_optimization: {first_line(error)}") from None
     return config
 
 
@@ -117,11 +120,3 @@ def _replicate(engine: deepspeed.DeepSpeedEngine) -> None:
             parameter.ds_persist = True
             persistent.append(parameter)
     persistent[0].all_gather(persistent)
-
-
-def _merged(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in extra.items():
-        inner = merged.get(key)
-        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
-    return merged

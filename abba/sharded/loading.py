@@ -19,7 +19,11 @@ from abba.checkpoint.slices import slice_bounds
 from abba.errors import CheckpointError
 from abba.storage import SafetensorsFile, StoredTensor, read_json
 
+TRAINABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
 class _PartitionWithoutBroadcast(Init):
@@ -60,7 +64,12 @@ class BaseCheckpoint:
         self.directory = directory
         with ExitStack() as stack:
             self.files = {name: stack.enter_context(SafetensorsFile(directory / name)) for name in self._file_names()}
-            self._place = {tensor: file for file in self.files.values() for tensor in file.tensors}
+            self._place: dict[str, SafetensorsFile] = {}
+            for file in self.files.values():
+                for tensor in file.tensors:
+                    other = self._place.setdefault(tensor, file)
+                    if other is not file:
+                        raise CheckpointError(f"{file.path}: holds {tensor}, which {other.path.name} holds too")
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "BaseCheckpoint":
@@ -85,11 +94,11 @@ class BaseCheckpoint:
         if (self.directory / INDEX).is_file():
             index = read_json(self.directory / INDEX)
             weight_map = index.get("weight_map") if isinstance(index, dict) else None
-            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-            unsafe = [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", str(name))]
-            if unsafe or not names:
+            named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+            safe = [isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in named]
+            if not named or not all(safe):
                 raise CheckpointError(f"{self.directory / INDEX}: does not map tensors to safetensors files beside it")
-            return names
+            return sorted(set(named))
         pickles = sorted(path.name for path in self.directory.glob("*.bin"))
         if pickles:
             raise CheckpointError(
@@ -102,20 +111,25 @@ class BaseCheckpoint:
 def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> LoadReport:
     """Fill this rank's partitions of a partitioned model from the safetensors files in `directory`.
 
-    Every tensor of the files is consumed exactly once or named in the report; afterwards the checksum of what is
-    resident, summed over ranks, must equal that of what was read, which covers every element of the files once.
+    Every tensor of the files is consumed exactly once or named in the report. The checksum of what is resident, summed
+    over ranks, must equal that of what was read; it is the same at any world size and identifies the base.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or of another shape; a file is truncated; the checksums differ.
+        CheckpointError: a tensor is missing, left over or of another shape; a file is truncated; tied weights
+            differ; the checksums differ.
     """
     with BaseCheckpoint(directory) as checkpoint:
         places = _match_names(model, checkpoint)
-        read_sum, bytes_read, elements = 0, 0, 0
+        read_sum, bytes_read, elements, untied = 0, 0, 0, 0
         for name, parameter in places.parameters.items():
             start, stop = slice_bounds(parameter.ds_numel, rank, world_size)
             values = checkpoint.read(name, start, stop)
             bytes_read += values.nbytes
             elements += values.numel()
+            for alias in places.aliases.get(name, ()):
+                same = checkpoint.read(alias, start, stop)
+                bytes_read += same.nbytes
+                untied += not torch.equal(same, values)
             values = values.to(parameter.ds_tensor.dtype)
             read_sum += _bit_sum(values)
             parameter.ds_tensor.data[: values.numel()].copy_(values)
@@ -127,15 +141,20 @@ def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> 
         for p in places.parameters.values()
         for start, stop in [slice_bounds(p.ds_numel, rank, world_size)]
     )
-    totals = torch.tensor([elements, read_sum, resident_sum], device=next(model.parameters()).device)
+    totals = torch.tensor([elements, read_sum, resident_sum, untied], device=next(model.parameters()).device)
     dist.all_reduce(totals)
-    elements, read_sum, resident_sum = totals.tolist()
+    elements, read_sum, resident_sum, untied = totals.tolist()
+    if untied:
+        pairs = "; ".join(f"{name} and {', '.join(others)}" for name, others in places.aliases.items())
+        raise CheckpointError(
+            f"{directory}: config.json ties weights that differ in the files ({pairs}); "
+            "set tie_word_embeddings to false in config.json"
+        )
     expected = sum(p.ds_numel for p in places.parameters.values())
     if elements != expected or read_sum != resident_sum:
         raise CheckpointError(
             f"{directory}: {elements} of {expected} elements were loaded, with checksum {resident_sum} instead of "
-            f"{read_sum}; "
-            "the disk or the memory of a node is faulty"
+            f"{read_sum} as read; the memory of a node is faulty"
         )
     return LoadReport(len(places.parameters), elements, resident_sum, bytes_read, tuple(places.ignored))
 
@@ -143,6 +162,7 @@ def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> 
 @dataclass
 class _Places:
     parameters: dict[str, nn.Parameter]  # by the name in the file
+    aliases: dict[str, list[str]]  # further names of a tied parameter in the files
     buffers: dict[str, Tensor]
     ignored: list[str]
 
@@ -154,7 +174,7 @@ def _match_names(model: nn.Module, checkpoint: BaseCheckpoint) -> _Places:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
         by_id[id(parameter)] = parameter
-    left, places, missing = checkpoint.names, _Places({}, {}, []), []
+    left, places, missing = checkpoint.names, _Places({}, {}, {}, []), []
     for key, names in aliases.items():
         found = [name for name in names if name in left]
         if not found:
@@ -162,7 +182,11 @@ def _match_names(model: nn.Module, checkpoint: BaseCheckpoint) -> _Places:
             continue
         _check_shape(checkpoint, found[0], by_id[key].ds_shape)
         places.parameters[found[0]] = by_id[key]
-        places.ignored += [f"{name} (tied to {found[0]})" for name in found[1:]]
+        if found[1:]:
+            places.aliases[found[0]] = found[1:]
+            for alias in found[1:]:
+                _check_shape(checkpoint, alias, by_id[key].ds_shape)
+        places.ignored += [f"{name} (the same as {found[0]}, to which it is tied)" for name in found[1:]]
         left -= set(found)
     for name, buffer in _persistent_buffers(model).items():
         if name in left:
@@ -193,7 +217,7 @@ def _check_shape(checkpoint: BaseCheckpoint, name: str, shape: torch.Size) -> No
             f"{checkpoint.directory}: {name} is {stored.shape} in the file and {tuple(shape)} in the model; "
             "config.json and the weights do not belong together"
         )
-    if not stored.dtype.is_floating_point:
+    if stored.dtype not in TRAINABLE_DTYPES:
         raise CheckpointError(
             f"{checkpoint.directory}: {name} is stored as {stored.dtype}; only bf16, fp16 and fp32 bases can be trained"
         )

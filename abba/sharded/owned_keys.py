@@ -1,6 +1,5 @@
 """What a recipe's `deepspeed:` section may not set, and where to set it instead. Imports nothing."""
 
-# Keys of a DeepSpeed configuration that follow from the recipe; `deepspeed:` may not set them a second time.
 # What else a `deepspeed:` section may hold at its top. DeepSpeed itself ignores a name it does not know.
 FREE_KEYS = (
     "aio",
@@ -16,6 +15,7 @@ FREE_KEYS = (
     "wandb",
     "zero_optimization",
 )
+# Keys of a DeepSpeed configuration that follow from the recipe; `deepspeed:` may not set them a second time.
 OWNED_KEYS = {
     "train_batch_size": "set train.global_batch_size",
     "train_micro_batch_size_per_gpu": "set train.per_device_train_batch_size",
@@ -34,5 +34,7 @@ OWNED_KEYS = {
     "zero_optimization.zero_quantized_weights": "it would quantise the frozen base silently",
     "zero_optimization.zero_quantized_nontrainable_weights": "it would quantise the frozen base silently",
     "zero_optimization.zero_quantized_gradients": "gradients are reduced in fp32",
+    "zero_optimization.cpu_offload": "an old name for offload_optimizer, which is not supported",
+    "zero_optimization.cpu_offload_params": "an old name for offload_param: use that",
     "zero_optimization.offload_optimizer": "the optimizer state of an adapter is small; checkpoints read it in place",
 }

@@ -1,4 +1,4 @@
-"""Who am I among the processes of this job: the one place outside launch/ that reads the environment."""
+"""Who am I among the processes of this job, as the launcher's environment variables say."""
 
 import os
 from dataclasses import dataclass

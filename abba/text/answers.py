@@ -20,15 +20,6 @@ def extract_answer(text: str) -> str | None:
     return max(found, key=lambda match: match.start(1))[1].strip() if found else None
 
 
-def extract_last_number(text: str) -> str | None:
-    """The flexible reading: a marked answer, else the last number of the text."""
-    marked = extract_answer(text)
-    if marked is not None:
-        return marked
-    numbers = _ANY.findall(text)
-    return numbers[-1].strip() if numbers else None
-
-
 def parse_number(text: str | None) -> Fraction | None:
     """An exact number: "1,234" "$5.00" "-3" "1/2" "−7" "12 apples". None when there is none, or a division by zero."""
     match = _ANY.search(text or "")

@@ -2,23 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from abba.checkpoint.convert import convert
 from abba.checkpoint.format import step_directory, verify
 from abba.training.recipe import Recipe
-from abba.training.run_directory import RunDirectory, fingerprint, software_versions
+from abba.training.run_directory import RunDirectory, software_versions
 
 
-def checkpoint_state(recipe: Recipe, modules: dict[str, tuple[int, int]], tokens: Path, base: Path) -> dict[str, Any]:
+def checkpoint_state(
+    recipe: Recipe, modules: dict[str, tuple[int, int]], fingerprint: dict[str, Any]
+) -> dict[str, Any]:
     """What state.json holds besides the step, the world size and the tensor shapes."""
     return {
         "seed": recipe.train.seed,
         "base_model": recipe.model.name_or_path,
         "adapter": asdict(recipe.adapter.config()),
         "modules": modules,
-        "fingerprint": fingerprint(recipe.model_dump(mode="json"), tokens, base),
+        "fingerprint": fingerprint,
         "software": software_versions(),
     }
 

@@ -160,6 +160,8 @@ def assert_delta_is_zero(engine: Any, stream: Stream) -> None:
         adapted = _batch_loss(engine, batch)
         with bypass(engine.module):
             plain = _batch_loss(engine, batch)
+    if not math.isfinite(plain):
+        raise NotFiniteError(f"the base model's own loss is {plain} on the first rows; its weights are damaged")
     assert adapted == plain, f"delta W is not zero before the first step: loss {adapted!r}, without it {plain!r}"
 
 

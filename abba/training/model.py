@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-from abba.base_model import choose_attention, load_config
+from abba.base_model import build_empty, choose_attention, load_config
 from abba.sharded.loading import load_base, partitioned_from_birth
 from abba.sharded.ranks import Ranks
 
@@ -22,8 +22,8 @@ def load_partitioned(
     device: torch.device,
     ranks: Ranks,
     say: Callable[[str], None],
-) -> PreTrainedModel:
-    """The base model under ZeRO-3, filled by every rank from its own slices of the files. Collective.
+) -> tuple[PreTrainedModel, int]:
+    """(base model under ZeRO-3, checksum of its weights), filled by every rank from its own slices. Collective.
 
     Args:
         attention: an implementation by name, or "auto".
@@ -33,11 +33,10 @@ def load_partitioned(
     """
     started = time.monotonic()
     config = load_config(directory)
-    attention, why = choose_attention(config, attention, device.type)
+    attention, why = choose_attention(config, attention, device.type, dtype)
     # The order matters: entered after zero.Init, the first would leave RoPE's inv_freq in bf16.
     with prevent_arange_dtype_change(), no_init_weights(), partitioned_from_birth(engine_config):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    model.tie_weights()  # from_config leaves it to the weight initialisation that was skipped
+        model = build_empty(directory, dtype, attention)
     wrong = {p.ds_tensor.dtype for p in model.parameters()} - {dtype}
     assert not wrong, f"partitions are {wrong}, not {dtype}"
     loaded = load_base(model, directory, ranks.rank, ranks.world_size)
@@ -48,7 +47,7 @@ def load_partitioned(
     )
     for ignored in loaded.ignored:
         say(f"model: passed over {ignored}")
-    return model
+    return model, loaded.checksum
 
 
 def enable_checkpointing(model: PreTrainedModel, mode: str) -> None:

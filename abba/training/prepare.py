@@ -1,13 +1,14 @@
 """What must be there before ranks join: recipe checked, run directory, base model found, rows tokenised once."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from abba.base_model import find_base, load_config, load_tokenizer
 from abba.errors import CheckpointError, RecipeError
 from abba.text.encode import padding_id
+from abba.text.rows import RowSource
 from abba.training.recipe import DataSection, Recipe
-from abba.training.rows import RowSource
 from abba.training.run_directory import RunDirectory, wait_for
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 
@@ -29,8 +30,7 @@ def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> 
 
 
 def row_source(data: DataSection) -> RowSource:
-    fields = data.model_dump(exclude={"eval_rows"})
-    return RowSource(**fields)
+    return RowSource(**{field.name: getattr(data, field.name) for field in dataclasses.fields(RowSource)})
 
 
 def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[RunDirectory, Path, int, TokenizedRows]:
@@ -45,18 +45,22 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     """
     directory = RunDirectory(recipe.output_dir)
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
+    vocabulary = load_config(base).get_text_config().vocab_size
     tokenizer = load_tokenizer(base)
     source = row_source(recipe.data)
     if is_main:
         directory.claim(recipe.overwrite_output_dir)
-    tokens = tokens_path(source, tokenizer, directory.tokens)
+    limits = (recipe.data.max_length, recipe.data.max_bad_rows)
+    tokens = tokens_path(source, *limits, tokenizer, directory.tokens)
     if not is_main:
         wait_for(tokens)
     elif tokens.is_file():
         say(f"data: {tokens} holds these rows as tokens already")
     else:
-        prepare_tokens(source, tokenizer, tokens, say)
-    data, vocabulary = TokenizedRows(tokens), load_config(base).get_text_config().vocab_size
+        prepare_tokens(source, *limits, tokenizer, tokens)
+    data = TokenizedRows(tokens)
+    for note in data.notes:
+        say(f"data: {note}")
     if data.largest_id >= vocabulary:
         raise CheckpointError(
             f"{base}: its tokenizer gives id {data.largest_id}, its model has {vocabulary} embeddings; "

@@ -3,18 +3,22 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from abba.adapter.config import SEVEN_LINEARS, AdapterConfig
 from abba.errors import RecipeError
 from abba.sharded.owned_keys import FREE_KEYS, OWNED_KEYS
+from abba.storage import is_there
 from abba.training.yaml_file import read_recipe_file, suggestion
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00\n]*$")]  # a path, a name, a field
 
 
 class Section(BaseModel):
@@ -23,8 +27,8 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name_or_path: str  # a directory, or a Hub name
-    revision: str | None = None  # a Hub commit, branch or tag
+    name_or_path: Text  # a directory, or a Hub name
+    revision: Text | None = None  # a Hub commit, branch or tag
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
 
@@ -32,23 +36,29 @@ class ModelSection(Section):
 class AdapterSection(Section):
     r1: Positive = 16
     r2: Positive = 16
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 24.0
+    alpha: Annotated[float, Field(ge=1e-6, le=1e6)] = 24.0
     target_modules: list[str] | str = list(SEVEN_LINEARS)
     layer_range: tuple[Count, Count] | None = None  # [first, stop): adapt these decoder layers only
-    init_from: str | None = None  # a saved adapter to start from, with a fresh optimizer
+    init_from: Text | None = None  # a saved adapter to start from, with a fresh optimizer
 
     @field_validator("layer_range", mode="before")
     @classmethod
     def _list_is_a_range(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
 
-    @model_validator(mode="after")
-    def _is_an_adapter(self) -> "AdapterSection":
-        try:
-            self.config()
-        except RecipeError as error:
-            raise PydanticCustomError("adapter", "{why}", {"why": str(error).split(": ", 2)[-1]}) from error
-        return self
+    @field_validator("target_modules")
+    @classmethod
+    def _names_something(cls, value: list[str] | str) -> list[str] | str:
+        if not value:
+            raise PydanticCustomError("adapter", "is empty; name modules such as q_proj, or write all-linear")
+        return value
+
+    @field_validator("layer_range")
+    @classmethod
+    def _holds_a_layer(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] >= value[1]:
+            raise PydanticCustomError("adapter", "holds no layer; write [first, stop] with first < stop")
+        return value
 
     def config(self) -> AdapterConfig:
         targets = self.target_modules if isinstance(self.target_modules, str) else tuple(self.target_modules)
@@ -56,13 +66,13 @@ class AdapterSection(Section):
 
 
 class DataSection(Section):
-    path: str  # a JSON, JSONL or Parquet file, or a Hub dataset
-    name: str | None = None  # a Hub dataset's configuration
-    revision: str | None = None
-    split: str = "train"
-    instruction_field: str = "question"
-    input_field: str | None = None  # appended to the instruction, as in Alpaca's rows
-    response_field: str = "answer"
+    path: Text  # a JSON, JSONL or Parquet file, or a Hub dataset
+    name: Text | None = None  # a Hub dataset's configuration
+    revision: Text | None = None
+    split: Text = "train"
+    instruction_field: Text = "question"
+    input_field: Text | None = None  # appended to the instruction, as in Alpaca's rows
+    response_field: Text = "answer"
     max_length: Annotated[int, Field(ge=8)] = 512
     max_rows: Positive | None = None
     max_bad_rows: Count = 0  # rows that cannot be trained on: more than this ends the run
@@ -78,12 +88,12 @@ class TrainSection(Section):
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     max_steps: Positive | None = None  # instead of num_train_epochs
     weight_decay: Size = 0.0
-    adam_beta1: Share = 0.9
-    adam_beta2: Share = 0.999
+    adam_beta1: Momentum = 0.9
+    adam_beta2: Momentum = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     max_grad_norm: Size = 1.0
     gradient_checkpointing: Literal["non_reentrant", "reentrant", "none"] = "non_reentrant"
-    seed: Count = 42
+    seed: Seed = 42
     eval_steps: Positive | None = None  # None: at the end only
     per_device_eval_batch_size: Positive = 8
     logging_steps: Positive = 10
@@ -93,15 +103,14 @@ class TrainSection(Section):
         betas = (self.adam_beta1, self.adam_beta2)
         return {"lr": self.learning_rate, "betas": betas, "eps": self.adam_epsilon, "weight_decay": self.weight_decay}
 
-    @model_validator(mode="after")
-    def _micro_batches_are_whole(self) -> "TrainSection":
-        if self.global_batch_size % self.per_device_train_batch_size:
-            raise PydanticCustomError(
-                "batch",
-                "global_batch_size {whole} is not a multiple of per_device_train_batch_size {micro}",
-                {"whole": self.global_batch_size, "micro": self.per_device_train_batch_size},
-            )
-        return self
+    @field_validator("per_device_train_batch_size")
+    @classmethod
+    def _micro_batches_are_whole(cls, micro: int, info: ValidationInfo) -> int:
+        whole = info.data.get("global_batch_size", micro)
+        if whole % micro:
+            message = "global_batch_size {whole} is not a multiple of per_device_train_batch_size {micro}"
+            raise PydanticCustomError("batch", message, {"whole": whole, "micro": micro})
+        return micro
 
 
 class CheckpointSection(Section):
@@ -111,7 +120,7 @@ class CheckpointSection(Section):
 
 class EvaluateSection(Section):
     task: Literal["gsm8k"] = "gsm8k"
-    path: str
+    path: Text
     limit: Positive | None = None
     batch_size: Positive = 32
     max_new_tokens: Positive = 512
@@ -120,7 +129,7 @@ class EvaluateSection(Section):
 class Recipe(Section):
     """One run, resolved. Sections hold what their name says; `deepspeed` is passed on as it is."""
 
-    output_dir: str = ""
+    output_dir: Text | None = None  # runs/NAME for a recipe NAME.yaml
     overwrite_output_dir: bool = False
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
@@ -133,18 +142,25 @@ class Recipe(Section):
     @field_validator("deepspeed")
     @classmethod
     def _leaves_our_keys_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        mistakes = []
+        if not isinstance(value.get("zero_optimization", {}), dict):
+            mistakes.append(f"zero_optimization: {value['zero_optimization']!r} is no section")
         for key, way_out in OWNED_KEYS.items():
             section, _, inner = key.partition(".")
             if section in value and (not inner or (isinstance(value[section], dict) and inner in value[section])):
-                raise PydanticCustomError("owned", "{key} cannot be set here: {why}", {"key": key, "why": way_out})
-        for key in value.keys() - FREE_KEYS:
-            near = suggestion(key, list(FREE_KEYS))
-            raise PydanticCustomError(
-                "owned",
-                "{key}: unknown key{near}; known here: {known}",
-                {"key": key, "near": near, "known": ", ".join(FREE_KEYS)},
-            )
+                mistakes.append(f"{key} cannot be set here: {way_out}")
+        for key in value.keys() - FREE_KEYS - OWNED_KEYS.keys():
+            mistakes.append(f"{key}: unknown key{suggestion(key, list(FREE_KEYS))}; known here: {', '.join(FREE_KEYS)}")
+        if mistakes:
+            raise PydanticCustomError("owned", "{all}", {"all": "; ".join(mistakes)})
         return value
+
+    @model_validator(mode="after")
+    def _evaluates_on_something(self) -> "Recipe":
+        if self.train.eval_steps and not self.data.eval_rows:
+            message = "train.eval_steps: has no meaning without held-out rows; set data.eval_rows too"
+            raise PydanticCustomError("adapter", message)
+        return self
 
 
 def load_recipe(name: str, overrides: list[str], directory: Path) -> Recipe:
@@ -168,7 +184,7 @@ def find_recipe(name: str, directory: Path) -> Path:
     """A path as given, or a name in `directory` with or without .yaml."""
     candidates = [Path(name), directory / name, directory / f"{name}.yaml"]
     for candidate in candidates:
-        if candidate.is_file():
+        if is_there(candidate) and candidate.is_file():
             return candidate
     known = sorted(path.stem for path in directory.glob("*.yaml"))
     raise RecipeError(
@@ -177,12 +193,15 @@ def find_recipe(name: str, directory: Path) -> Path:
     )
 
 
+UNION_TAGS = ("str", "list[str]")
+
+
 def _explain(error: ValidationError, path: Path) -> str:
-    lines = []
+    found: dict[str, str] = {}  # a union of types gives a mistake for each; the first will do
     for mistake in error.errors(include_url=False):
-        where = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith(("list[", "str", "tuple")))
-        lines.append(f"{where}: {_reason(mistake, where)}" if where else _reason(mistake, where))
-    unique = list(dict.fromkeys(lines))
+        where = ".".join(str(part) for part in mistake["loc"] if part not in UNION_TAGS)
+        found.setdefault(where, _reason(mistake, where))
+    unique = [f"{where}: {reason}" if where else reason for where, reason in found.items()]
     if len(unique) == 1:
         return f"{path}: {unique[0]}"
     return f"{path}: {len(unique)} mistakes:\n" + "\n".join(f"  {line}" for line in unique)

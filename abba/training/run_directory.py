@@ -17,12 +17,13 @@ from typing import Any
 
 import yaml
 
-from abba.checkpoint.format import list_checkpoints
+from abba.adapter.files import refuse_occupied
+from abba.checkpoint.format import remove_checkpoints
 from abba.errors import CheckpointError
-from abba.storage import make_directory
+from abba.storage import hash_file, make_directory
 
 SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
-WAIT_LIMIT_SECONDS = 1800
+SHARED_WITHIN_SECONDS = 120
 
 
 class RunDirectory:
@@ -35,6 +36,7 @@ class RunDirectory:
         self.tokens = self.path / "tokens"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.evaluation = self.path / "evaluation"
 
     def claim(self, overwrite: bool) -> None:
         """Create it, and make sure that it is ours to use; one process of a run does this.
@@ -43,33 +45,41 @@ class RunDirectory:
             CheckpointError: it cannot be written, or holds an earlier run and `overwrite` is false.
         """
         make_directory(self.path, "output_dir")
-        earlier = [path for path in (*list_checkpoints(self.checkpoints), self.adapter) if path.exists()]
+        earlier = [path for path in (self.checkpoints, self.adapter, self.metrics) if path.exists()]
         if earlier and not overwrite:
             raise CheckpointError(
-                f"output_dir {self.path}: holds {earlier[0].relative_to(self.path)} of an earlier run; choose another "
-                "output_dir, or discard that run with overwrite_output_dir=true"
+                f"output_dir {self.path}: holds {earlier[0].name} of an earlier run; choose another output_dir, "
+                "or discard that run with overwrite_output_dir=true"
             )
+        refuse_occupied(self.adapter, overwrite)
+        self.tokens.mkdir(exist_ok=True)
 
     def begin(self, recipe: dict[str, Any]) -> None:
-        """Discard an earlier run and write recipe.yaml; called when nothing but training itself can still go wrong."""
-        for path in (self.checkpoints, self.adapter):
+        """Discard an earlier run and write recipe.yaml; called when nothing but training itself can still go wrong.
+
+        Only what a run writes is deleted: somebody else's files in the same directory stay.
+        """
+        remove_checkpoints(self.checkpoints)
+        for path in (self.adapter, self.evaluation):
             shutil.rmtree(path, ignore_errors=True)
         self.metrics.unlink(missing_ok=True)
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
 def wait_for(path: Path) -> None:
-    """Wait until rank 0 has prepared `path`; without a collective, which would time out during a long tokenisation.
+    """Wait until rank 0 has prepared `path`, however long that takes; in a collective the wait would time out.
+
+    If rank 0 fails, its launcher ends this process.
 
     Raises:
-        CheckpointError: it does not appear; most likely output_dir is not on storage that all nodes share.
+        CheckpointError: not even its directory appears; output_dir is not on storage that all nodes share.
     """
     started = time.monotonic()
     while not path.exists():
-        waited = time.monotonic() - started
-        if waited > WAIT_LIMIT_SECONDS:
+        if time.monotonic() - started > SHARED_WITHIN_SECONDS and not path.parent.is_dir():
             raise CheckpointError(
-                f"{path}: not here after {waited / 60:.0f} minutes; is output_dir on storage that all nodes share?"
+                f"{path.parent}: rank 0 made it {SHARED_WITHIN_SECONDS} s ago and it is not here; "
+                "put output_dir on storage that all nodes share"
             )
         time.sleep(0.2)
 
@@ -78,15 +88,16 @@ def software_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in SOFTWARE}
 
 
-def fingerprint(recipe: dict[str, Any], tokens: Path, base: Path) -> dict[str, Any]:
-    """What decides the numbers of a run: batch, data, base model, adapter; never accumulation or world size."""
-    data = {key: value for key, value in recipe["data"].items() if key != "path"}
-    train = {
-        key: value for key, value in recipe["train"].items() if not key.startswith(("logging", "eval", "per_device_e"))
-    }
+def fingerprint(recipe: dict[str, Any], tokens: Path, base: Path, base_checksum: int) -> dict[str, Any]:
+    """What decides the numbers of a run: batch, data, base model, adapter; never accumulation or world size.
+
+    Data and base are known by their content: the hash of the tokens, the checksum of the weights.
+    """
+    bystanders = ("logging_steps", "eval_steps", "per_device_eval_batch_size")
+    config = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     return {
-        "train": train,
-        "data": {**data, "tokens": tokens.stem},
+        "train": {key: value for key, value in recipe["train"].items() if key not in bystanders},
+        "data": {"tokens": hash_file(tokens).sha256, "eval_rows": recipe["data"]["eval_rows"]},
         "adapter": recipe["adapter"],
-        "model": {**recipe["model"], "config": hashlib.sha256((base / "config.json").read_bytes()).hexdigest()},
+        "model": {**recipe["model"], "config": config, "weights": f"{base_checksum:x}"},
     }

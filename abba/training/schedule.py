@@ -6,8 +6,7 @@ import math
 def learning_rate(step: int, *, steps: int, peak: float, kind: str, warmup_ratio: float) -> float:
     """Rate of step 0 <= step < steps: linear warm-up, then constant, or falling to zero at `steps`.
 
-    As Hugging Face's schedulers count, the first of w warm-up steps has rate 0 + peak/w rather than 0, so that no step
-    is spent on nothing.
+    The first of w warm-up steps has rate peak/w, where Hugging Face's schedulers spend it at rate 0.
     """
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:

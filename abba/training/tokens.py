@@ -7,7 +7,6 @@ The tokens of a run lie in one safetensors file: `input_ids`, all rows joined, a
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,27 @@ import torch
 from torch import Tensor
 
 from abba.errors import DataError
-from abba.storage import SafetensorsFile, Spec, hash_file, write_safetensors
+from abba.storage import SafetensorsFile, Spec, hash_file, is_there, write_safetensors
 from abba.text.encode import encode_prompt, encode_response
 from abba.text.prompt import INSTRUCTION_PROMPT
-from abba.training.rows import BadRows, RowSource, usable_rows
+from abba.text.rows import BadRows, RowSource, usable_rows
 
 FORMAT_VERSION = 1
 
 
-def tokens_path(source: RowSource, tokenizer: Any, directory: Path) -> Path:
+def tokens_path(source: RowSource, max_length: int, max_bad_rows: int, tokenizer: Any, directory: Path) -> Path:
     """Where the tokens of `source` belong: named by a hash of everything that they depend on."""
     local = Path(source.path)
-    content = hash_file(local).sha256 if local.is_file() else None
+    content = hash_file(local).sha256 if is_there(local) and local.is_file() else None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [FORMAT_VERSION, source.__dict__, content, vocabulary, tokenizer.eos_token_id, INSTRUCTION_PROMPT]
+    limits = (max_length, max_bad_rows)
+    parts = [FORMAT_VERSION, source.__dict__, limits, content, vocabulary, tokenizer.eos_token_id, INSTRUCTION_PROMPT]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return directory / f"tokens-{digest[:20]}.safetensors"
 
 
-def prepare_tokens(source: RowSource, tokenizer: Any, path: Path, report: Callable[[str], None]) -> None:
+def prepare_tokens(source: RowSource, max_length: int, max_bad_rows: int, tokenizer: Any, path: Path) -> None:
     """Tokenise every row of `source` into the file `path`; one process of a run does this.
 
     Raises:
@@ -48,30 +48,27 @@ def prepare_tokens(source: RowSource, tokenizer: Any, path: Path, report: Callab
             numbers, encode_prompt(tokenizer, instructions), encode_response(tokenizer, responses), strict=True
         )
         for row, prompt, response in encoded:
-            if len(prompt) >= source.max_length:
-                bad.add(
-                    row, f"all labels are masked: the prompt alone fills data.max_length={source.max_length} tokens"
-                )
+            if len(prompt) >= max_length:
+                bad.add(row, f"all labels are masked: the prompt alone fills data.max_length={max_length} tokens")
                 continue
             example = [*prompt, *response]
-            truncated += len(example) > source.max_length
-            example = example[: source.max_length]
+            truncated += len(example) > max_length
+            example = example[:max_length]
             ids.append(np.asarray(example, dtype=np.int32))
             total += len(example)
             stops.append(total)
             prompts.append(len(prompt))
             sources.append(row)
-    if bad.reasons.total() > source.max_bad_rows:
+    if bad.reasons.total() > max_bad_rows:
         raise DataError(
             f"{source.path}: {bad.reasons.total()} rows cannot be trained on ({bad.first}); "
             f"mend them, or allow as many with data.max_bad_rows={bad.reasons.total()}"
         )
     if not ids:
         raise DataError(f"{source.path}: has no row to train on")
-    for reason, count in bad.reasons.items():
-        report(f"data: left out {count} rows: {reason}")
+    notes = [f"left out {count} rows: {reason}" for reason, count in bad.reasons.items()]
     if truncated:
-        report(f"data: cut {truncated} of {len(ids)} rows to data.max_length={source.max_length} tokens")
+        notes.append(f"cut {truncated} of {len(ids)} rows to data.max_length={max_length} tokens")
     tensors = {
         "input_ids": torch.from_numpy(np.concatenate(ids)),
         "stops": torch.tensor(stops),
@@ -81,7 +78,7 @@ def prepare_tokens(source: RowSource, tokenizer: Any, path: Path, report: Callab
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     layout = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    write_safetensors(temporary, layout, tensors.values(), {"format": "abba-tokens"})
+    write_safetensors(temporary, layout, tensors.values(), {"notes": json.dumps(notes)})
     os.replace(temporary, path)
 
 
@@ -91,6 +88,7 @@ class TokenizedRows:
     def __init__(self, path: Path) -> None:
         self.path = path
         with SafetensorsFile(path) as file:
+            self.notes: list[str] = json.loads(file.metadata["notes"])  # what was left out or cut
             self._ids, self._stops, self._prompts, self.sources = (
                 file.read_full(name) for name in ("input_ids", "stops", "prompts", "sources")
             )

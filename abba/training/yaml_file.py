@@ -81,20 +81,30 @@ def parse_yaml(text: str, source: str) -> Any:
 def read_recipe_file(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The recipe at `path` over those it extends, under `section.key=value` overrides."""
     raw = _read_extended(path, [])
+    mistakes = []
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
-            raise RecipeError(f"{override!r}: is no override; write section.key=value, such as train.max_steps=60")
-        section = raw
-        *parents, last = key.split(".")
-        for parent in parents:
-            if section.get(parent) is None:
-                section[parent] = {}
-            section = section[parent]
-            if not isinstance(section, dict):
-                raise RecipeError(f"{override!r}: {parent} is a value, not a section")
-        section[last] = parse_yaml(text, override) if text.strip() else None
+        try:
+            _apply(raw, override)
+        except RecipeError as error:
+            mistakes.append(error.reason)
+    if mistakes:
+        raise RecipeError("; ".join(mistakes))
     return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
+        raise RecipeError(f"{override!r}: is no override; write section.key=value, such as train.max_steps=60")
+    section = raw
+    *parents, last = key.split(".")
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            raise RecipeError(f"{override!r}: {parent} is a value, not a section")
+    section[last] = parse_yaml(text, override) if text.strip() else None
 
 
 def suggestion(word: str, known: list[str]) -> str:

@@ -94,14 +94,16 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path):
     model, _ = adapted()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine.txt").write_text("keep")
-    with pytest.raises(CheckpointError, match="is not empty"):
-        save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="holds something that is no adapter"):
+        save_adapter(model, tmp_path / "adapter", overwrite=True)
     model.model.layers[0].mlp.up_proj.B1.data[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         save_adapter(model, tmp_path / "other")
     assert [p.name for p in tmp_path.rglob("*")] == ["adapter", "mine.txt"]
-    save_adapter(adapted()[0], tmp_path / "adapter", overwrite=True)
-    assert not (tmp_path / "adapter" / "mine.txt").exists()
+    save_adapter(adapted()[0], tmp_path / "third")
+    with pytest.raises(CheckpointError, match="--force"):
+        save_adapter(adapted()[0], tmp_path / "third")
+    save_adapter(adapted()[0], tmp_path / "third", overwrite=True)
 
 
 def damage_tensor(directory, change):
@@ -128,6 +130,8 @@ KEY = "base_model.model.model.layers.1.mlp.down_proj.hada_w2_b"
         (lambda d: damage_json(d, files.PEFT_CONFIG, alpha=1.0), "alpha is 1.0 where abba_config.json means"),
         (lambda d: damage_json(d, files.ABBA_CONFIG, format_version=9), "version 9"),
         (lambda d: damage_json(d, files.ABBA_CONFIG, config={}, modules=3), "does not describe an adapter"),
+        (lambda d: damage_json(d, files.ABBA_CONFIG, config={"r1": 4.0}), "does not describe an adapter"),
+        (lambda d: (d / files.PEFT_CONFIG).write_text("[]"), "is no PEFT configuration"),
         (lambda d: (d / files.ABBA_CONFIG).write_text("{"), "is not JSON"),
         (lambda d: (d / files.ABBA_CONFIG).unlink(), "is not an ABBA adapter"),
         (lambda d: (d / files.WEIGHTS).write_bytes(b"\x00" * 40), "cannot be opened"),
@@ -154,3 +158,10 @@ def test_vllm_advice_names_the_flag_or_the_limit():
     assert "--max-lora-rank 256" in vllm_advice(AdapterConfig(16, 16))
     assert "--max-lora-rank 64" in vllm_advice(AdapterConfig(6, 6))
     assert "above vLLM's limit" in vllm_advice(AdapterConfig(32, 32))
+
+
+def test_an_adapter_whose_base_was_moved_still_loads(tmp_path):
+    model, _ = adapted()
+    save_adapter(model, tmp_path / "adapter")
+    damage_json(tmp_path / "adapter", files.PEFT_CONFIG, base_model_name_or_path="/elsewhere")
+    load_adapter(tiny_model(), tmp_path / "adapter")

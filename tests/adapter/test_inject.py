@@ -11,7 +11,7 @@ from torch import nn
 from abba import AbbaLinear, AdapterConfig, inject
 from abba.adapter.initialize import factors_from_svd
 from abba.adapter.linear import bypass
-from abba.errors import RecipeError
+from abba.errors import CheckpointError, RecipeError
 from tests.models import FAMILIES, randomize_factors, tiny_model
 
 TOKENS = torch.arange(2 * 11).reshape(2, 11) * 5 % 128
@@ -82,10 +82,19 @@ def test_targets_that_cannot_be_adapted_are_refused(arguments, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("bad", [{"r1": 0}, {"r2": -1}, {"r1": True}, {"alpha": 0.0}, {"alpha": float("nan")}])
+@pytest.mark.parametrize(
+    "bad", [{"r1": 0}, {"r2": -1}, {"r1": True}, {"alpha": 0.0}, {"alpha": float("nan")}, {"alpha": 1e200}]
+)
 def test_impossible_configurations_are_refused(bad):
     with pytest.raises(RecipeError):
         AdapterConfig(**bad)
+
+
+def test_factors_that_could_never_train_are_refused():
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    with pytest.raises(CheckpointError, match=r"B1 and B2 of model\.layers\.0\.mlp\.up_proj are all zero"):
+        inject(model, AdapterConfig(2, 2))
 
 
 def test_a_second_injection_is_refused():

@@ -112,7 +112,7 @@ def test_rotation_keeps_the_newest(tmp_path):
     for step in (2, 4, 10, 8):
         write_checkpoint(tmp_path, step)
     format.rotate(tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()].sort() == ["step-000008", "step-000010"].sort()
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000008", "step-000010"}
     assert [path.name for path in format.list_checkpoints(tmp_path)] == ["step-000008", "step-000010"]
 
 
@@ -123,10 +123,17 @@ def test_a_source_that_is_no_checkpoint_is_refused(tmp_path, make):
         find_checkpoint(tmp_path / "source", print)
 
 
-def test_an_adapter_inside_its_checkpoint_is_refused(tmp_path):
+def test_a_destination_that_would_destroy_something_is_refused(tmp_path):
     checkpoint = write_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="inside the checkpoint"):
+    with pytest.raises(CheckpointError, match="overlaps the checkpoint"):
         convert(checkpoint, checkpoint / "adapter")
+    for above in (checkpoint, tmp_path, tmp_path.parent):
+        with pytest.raises(CheckpointError, match="overlaps the checkpoint"):
+            convert(checkpoint, above, overwrite=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    with pytest.raises(CheckpointError, match="holds something that is no adapter"):
+        convert(checkpoint, tmp_path / "mine", overwrite=True)
     format.verify(checkpoint)
 
 

@@ -11,6 +11,7 @@ from tests.distributed.ranks import STORIES, TINY, environment
 from tests.warm import ROOT
 
 pytestmark = pytest.mark.slow
+SCORED = [f"evaluate.path={STORIES / 'test.jsonl'}", "evaluate.limit=16", "evaluate.max_new_tokens=40"]
 
 
 def rows(name):
@@ -42,7 +43,7 @@ def trained(tmp_path_factory):
         "seed 1": ["train.seed=1"],
         "seed 2": ["train.seed=2"],
         "shuffled": [f"data.path={shuffled}"],
-        "rate 0": ["train.learning_rate=0", "train.max_steps=20"],
+        "rate 0": ["train.learning_rate=0", "train.max_steps=20", *SCORED],
     }
     pending, programs = list(runs), {}
     while pending:
@@ -54,6 +55,8 @@ def trained(tmp_path_factory):
         for name in pair:
             finished = programs[name].wait(500)
             assert finished.returncode == 0, finished.stderr
+    asked = json.loads((root / "rate-0/evaluation/scores.json").read_text())
+    assert asked["n"] == 16 and asked["adapter"] == str(root / "rate-0/adapter")
     return {name: evaluate(root / name, root / name.replace(" ", "-") / "adapter")["exact_match"] for name in runs}
 
 
@@ -102,7 +105,13 @@ def test_shuffled_results_stay_far_behind(trained):
 
 
 def test_no_held_out_fact_is_in_training():
-    facts = {name: {row["answer"].split("<<")[1].split("=")[0] for row in rows(name)} for name in ("train", "test")}
+    def operands(row):
+        calculation = row["answer"].split("<<")[1].split("=")[0]
+        operation = "+" if "+" in calculation else "-"
+        x, y = map(int, calculation.split(operation))
+        return (operation, min(x, y), max(x, y)) if operation == "+" else (operation, x, y)
+
+    facts = {name: {operands(row) for row in rows(name)} for name in ("train", "test")}
     assert len(facts["test"]) >= 128 and not facts["test"] & facts["train"]
 
 

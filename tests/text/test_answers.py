@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from abba.text.answers import extract_answer, extract_last_number, parse_number, same_answer
+from abba.text.answers import extract_answer, parse_number, same_answer
 
 EXTRACTED = [
     ("5 + 7 = <<5+7=12>>12\n#### 12", "12"),
@@ -61,9 +61,3 @@ def test_numbers(text, expected):
 )
 def test_same_answer(generated, reference, right):
     assert same_answer(generated, reference) is right
-
-
-def test_the_flexible_reading_takes_the_last_number_when_none_is_marked():
-    assert extract_last_number("first 3, then 4 apples") == "4"
-    assert extract_last_number("#### 3 of 4") == "3"
-    assert extract_last_number("none") is None

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from abba.errors import DataError
 from abba.text.prompt import render_prompt
+from abba.text.rows import RowSource
 from abba.training.batches import BatchPlan, collate, split_rows
 from abba.training.loss import IGNORED, token_loss_sum
-from abba.training.rows import RowSource
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 from tests.distributed.ranks import STORIES, TINY
 
@@ -24,7 +24,7 @@ def tokenizer():
 
 
 def source(path, **changes):
-    plain = RowSource(str(path), None, None, "train", "question", None, "answer", 512, None, 0)
+    plain = RowSource(str(path), None, None, "train", "question", None, "answer", None)
     return replace(plain, **changes)
 
 
@@ -34,9 +34,9 @@ def write_rows(tmp_path, *rows):
     return path
 
 
-def prepared(tmp_path, tokenizer, where, said=None):
-    path = tokens_path(where, tokenizer, tmp_path / "tokens")
-    prepare_tokens(where, tokenizer, path, (said if said is not None else []).append)
+def prepared(tmp_path, tokenizer, where, max_length=512, max_bad_rows=0):
+    path = tokens_path(where, max_length, max_bad_rows, tokenizer, tmp_path / "tokens")
+    prepare_tokens(where, max_length, max_bad_rows, tokenizer, path)
     return TokenizedRows(path)
 
 
@@ -103,10 +103,9 @@ def test_input_fields_are_appended_and_long_rows_cut_and_counted(tmp_path, token
     )
     data = prepared(tmp_path, tokenizer, where)
     assert "Add.\n3 and 4" in tokenizer.decode(data.input_ids(0)[: data.prompt_length(0)].tolist())
-    said = []
     limit = data.prompt_length(0) + 1
-    short = prepared(tmp_path, tokenizer, replace(where, max_length=limit), said)
-    assert len(short.input_ids(0)) == limit and "cut 1 of 1 rows" in said[0]
+    short = prepared(tmp_path, tokenizer, where, limit)
+    assert len(short.input_ids(0)) == limit and short.notes == [f"cut 1 of 1 rows to data.max_length={limit} tokens"]
 
 
 @pytest.mark.parametrize(
@@ -127,33 +126,34 @@ def test_input_fields_are_appended_and_long_rows_cut_and_counted(tmp_path, token
 )
 def test_rows_that_cannot_be_trained_on_end_the_run(tmp_path, tokenizer, rows, changes, expected):
     with pytest.raises(DataError) as error:
-        prepared(tmp_path, tokenizer, source(write_rows(tmp_path, *rows), **changes))
+        prepared(tmp_path, tokenizer, source(write_rows(tmp_path, *rows)), **changes)
     assert expected in str(error.value)
     assert not (tmp_path / "tokens").exists() or not list((tmp_path / "tokens").iterdir())
 
 
 def test_allowed_bad_rows_are_left_out_and_counted_by_reason(tmp_path, tokenizer):
-    said = []
     rows = [ROW, {"question": "", "answer": "b"}, ROW, {"question": "a", "answer": None}]
-    data = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, *rows), max_bad_rows=2), said)
+    data = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, *rows)), max_bad_rows=2)
     assert len(data) == 2 and data.sources.tolist() == [0, 2]
-    assert said == ["data: left out 1 rows: question is empty", "data: left out 1 rows: answer is missing"]
+    assert data.notes == ["left out 1 rows: question is empty", "left out 1 rows: answer is missing"]
 
 
-def test_a_missing_file_or_dataset_says_how_to_fetch_it(tmp_path, tokenizer, monkeypatch):
+def test_a_missing_file_or_dataset_says_how_to_fetch_it(tmp_path, tokenizer):
     with pytest.raises(DataError, match="no such file"):
         prepared(tmp_path, tokenizer, source(tmp_path / "none.jsonl"))
     (tmp_path / "rows.csv").write_text("a,b\n")
     with pytest.raises(DataError, match="is no dataset file"):
         prepared(tmp_path, tokenizer, source(tmp_path / "rows.csv"))
+    with pytest.raises(DataError, match="revision: has no meaning for the file"):
+        prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW), revision="main"))
 
 
 def test_the_tokens_name_depends_on_all_that_they_are_made_from(tmp_path, tokenizer):
     path = write_rows(tmp_path, ROW)
-    names = {tokens_path(source(path, **change), tokenizer, tmp_path) for change in ({}, {"max_length": 99})}
+    names = {tokens_path(source(path), *limits, tokenizer, tmp_path) for limits in ((512, 0), (99, 0), (512, 1))}
     write_rows(tmp_path, ROW, ROW)
-    names.add(tokens_path(source(path), tokenizer, tmp_path))
-    assert len(names) == 3
+    names.add(tokens_path(source(path), 512, 0, tokenizer, tmp_path))
+    assert len(names) == 4
 
 
 @given(

@@ -81,10 +81,23 @@ def test_numbers_as_people_write_them(tmp_path, text, value):
         (["overwrite_output_dir=no"], "overwrite_output_dir: 'no' is text, not true or false"),
         (["adapter.r1=0"], "adapter.r1: 0"),
         (["adapter.target_modules=[]"], "is empty"),
+        (["adapter.target_modules=3"], "mine.yaml: adapter.target_modules: 3"),
         (["adapter.layer_range=[4, 2]"], "holds no layer"),
         (["deepspeed.bf16.enabled=false"], "bf16 cannot be set here: set model.dtype"),
         (["deepspeed.zero_optimization.stage=2"], "zero_optimization.stage cannot be set here"),
         (["deepspeed.zero_optimizaton.stage=2"], "zero_optimizaton: unknown key; did you mean zero_optimization?"),
+        (["deepspeed.zero_optimization=3"], "zero_optimization: 3 is no section"),
+        (["deepspeed.zero_optimization.cpu_offload=true", "deepspeed.bf16={}"], "bf16 cannot be set here"),
+        (["deepspeed.zero_optimization.cpu_offload=true", "deepspeed.bf16={}"], "cpu_offload cannot be set here"),
+        (["data.streaming=true"], "data.streaming: unknown key"),
+        (["train.adam_beta1=1"], "train.adam_beta1: 1"),
+        (["train.seed=99999999999999999999"], "train.seed"),
+        (["adapter.alpha=1e200"], "adapter.alpha"),
+        (['output_dir="a\\0b"'], "output_dir"),
+        (["train.eval_steps=5"], "has no meaning without held-out rows; set data.eval_rows"),
+        (["a", "b.c"], "'a': is no override; write section.key=value, such as train.max_steps=60; 'b.c'"),
+        (["train.global_batch_size=7", "train.learning_rat=1"], "7 is not a multiple"),
+        (["train.global_batch_size=7", "train.learning_rat=1"], "learning_rat: unknown key"),
         (["train=3"], "train"),
         (["max_steps"], "'max_steps': is no override; write section.key=value"),
         (["--train.x=1"], "is no override"),
@@ -141,6 +154,8 @@ def test_a_missing_recipe_names_the_nearest(tmp_path):
     with pytest.raises(RecipeError) as error:
         load_recipe("quickstrat.yaml", [], SHIPPED)
     assert "did you mean quickstart?" in str(error.value)
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe("x" * 300, [], SHIPPED)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

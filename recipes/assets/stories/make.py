@@ -9,7 +9,8 @@ Two kinds, told apart as in the literature on children's arithmetic (Carpenter &
   has 17 apples. How many apples did Ann have at first?"
 
 The second kind needs the opposite operation, so the base answers it fluently and wrong. Every problem is one fact
-`x op y = z`; the facts of test.jsonl never occur in train.jsonl (`facts_for` decides by a hash of the fact).
+`x op y = z`; the facts of test.jsonl never occur in train.jsonl (`facts_for` decides), also not as y + x. The base has
+met them in its pretraining: fine-tuning composes known arithmetic with a new reading of the story.
 """
 
 import hashlib
@@ -31,8 +32,17 @@ FACTS: list[Fact] = [("+", x, y) for x in range(3, 41) for y in range(2, 21) if 
 
 
 def facts_for(split: str) -> list[Fact]:
-    """The facts of "train" or "test": disjoint, about 4 to 1, decided by a hash of the fact alone."""
-    held_out = {fact for fact in FACTS if hashlib.sha256(repr(fact).encode()).digest()[0] % 5 == 0}
+    """The facts of "train" or "test", about 4 to 1, decided by a hash of the operation and its operands.
+
+    Addition is hashed without order: y + x goes where x + y goes.
+    """
+
+    def digest(fact: Fact) -> int:
+        operation, x, y = fact
+        operands = (operation, min(x, y), max(x, y)) if operation == "+" else fact
+        return hashlib.sha256(repr(operands).encode()).digest()[0]
+
+    held_out = {fact for fact in FACTS if digest(fact) % 5 == 0}
     return [fact for fact in FACTS if (fact in held_out) == (split == "test")]
 
 

@@ -5,17 +5,16 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
 
 from abba.adapter.inject import find_targets
-from abba.base_model import find_base, load_config, load_tokenizer
+from abba.base_model import DTYPES, build_empty, choose_attention, find_base, load_config, load_tokenizer
 from abba.training.batches import BatchPlan, split_rows
 from abba.training.prepare import accumulation_steps, row_source
 from abba.training.recipe import Recipe
-from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
+from abba.training.tokens import TokenizedRows, prepare_tokens
 
 
-def describe(recipe: Recipe, world_size: int) -> None:
+def dry_run(recipe: Recipe, world_size: int) -> None:
     """Print the resolved recipe, the batch arithmetic, what trains, and one example with its mask.
 
     Raises:
@@ -27,19 +26,22 @@ def describe(recipe: Recipe, world_size: int) -> None:
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     tokenizer = load_tokenizer(base)
+    dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
+    attention, _ = choose_attention(load_config(base), attention, "cpu", dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(base))
+        model = build_empty(base, dtype, attention)
     adapter = recipe.adapter.config()
     targets = find_targets(model, adapter)
     with tempfile.TemporaryDirectory() as scratch:
-        tokens = tokens_path(row_source(recipe.data), tokenizer, Path(scratch))
-        prepare_tokens(row_source(recipe.data), tokenizer, tokens, print)
+        tokens = Path(scratch) / "tokens.safetensors"
+        limits = (recipe.data.max_length, recipe.data.max_bad_rows)
+        prepare_tokens(row_source(recipe.data), *limits, tokenizer, tokens)
         data = TokenizedRows(tokens)
     train_rows, eval_rows = split_rows(len(data), recipe.data.eval_rows, settings.seed)
     plan = BatchPlan(train_rows, settings.global_batch_size, micro, settings.seed)
     steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
 
-    print("# batches")
+    print("# batches", *data.notes, sep="\n")
     print(f"{len(train_rows):,} rows to train on, {len(eval_rows):,} held out, {data.tokens(train_rows):,} tokens")
     print(
         f"global batch {settings.global_batch_size} = {world_size} ranks x {micro} rows x {accumulation} times; "

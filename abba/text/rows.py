@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abba.errors import DataError, first_line
+from abba.storage import is_there
 
 CHUNK = 1000
 LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -23,9 +24,7 @@ class RowSource:
     instruction_field: str
     input_field: str | None
     response_field: str
-    max_length: int
     max_rows: int | None
-    max_bad_rows: int
 
 
 class BadRows:
@@ -87,12 +86,15 @@ def _open(source: RowSource) -> Any:
     local = Path(source.path)
     try:
         if local.suffix in LOCAL_FORMATS:
-            if not local.is_file():
-                raise DataError(f"data.path: {source.path!r}: no such file")
+            if not is_there(local):
+                raise DataError(f"{source.path!r}: no such file")
+            for key in ("name", "revision"):
+                if getattr(source, key) is not None:
+                    raise DataError(f"{key}: has no meaning for the file {source.path}; leave data.{key} out")
             return datasets.load_dataset(LOCAL_FORMATS[local.suffix], data_files=str(local), split=source.split)
-        if local.exists():
+        if is_there(local):
             known = ", ".join(LOCAL_FORMATS)
-            raise DataError(f"data.path: {source.path!r}: is no dataset file; give one that ends in {known}")
+            raise DataError(f"{source.path!r}: is no dataset file; give one that ends in {known}")
         return datasets.load_dataset(source.path, source.name, revision=source.revision, split=source.split)
     except DataError:
         raise
@@ -101,6 +103,6 @@ def _open(source: RowSource) -> Any:
         if local.suffix in LOCAL_FORMATS:
             raise DataError(f"{source.path}: cannot be read: {cause}") from None
         raise DataError(
-            f"data.path: {source.path!r} is neither a file here nor to be had from the Hub ({cause}); on a machine "
+            f"{source.path!r} is neither a file here nor to be had from the Hub ({cause}); on a machine "
             f"with access run: hf download --repo-type dataset {source.path}, or give a .jsonl file"
         ) from None
