@@ -76,12 +76,11 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
 
     # Engine: base sharded, factors replicated, gradient checkpointing, fp32 masters that no rounding has touched.
     enable_checkpointing(model, settings.gradient_checkpointing)
-    masters = {f"{name}.{key}": value for name, f in factors.items() for key, value in f._asdict().items()}
-    engine = start_engine(model, config, settings.adam(), masters)
+    engine = start_engine(model, config, settings.adam(), factors)
+    del factors  # full fp32 copies; the engine holds its slices
     stream = Stream(data, plan, padding, ranks, device)
     if recipe.adapter.init_from is None:
         assert_delta_is_zero(engine, stream)
-    del factors, masters  # full fp32 copies; the engine holds its slices
     seconds = time.monotonic() - began
     say(f"engine: {ranks.world_size} ranks x {accumulation} micro-batches a step; ready after {seconds:.0f} s")
 
@@ -91,15 +90,13 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     identity = fingerprint(recipe.model_dump(mode="json"), data.path, base, base_checksum)
     state = checkpoint_state(recipe, report.shapes, identity)
     keep = recipe.checkpoint.save_total_limit
-    rate = {"steps": steps, "peak": settings.learning_rate}
-    rate |= {"kind": settings.lr_scheduler_type, "warmup_ratio": settings.warmup_ratio}
     held_out = partial(held_out_loss, engine, stream, eval_rows, settings.per_device_eval_batch_size)
     with Reporter(directory.metrics if ranks.is_main else None, steps, settings.logging_steps) as reporter:
         train(
             engine,
             stream,
             steps=steps,
-            learning_rate=partial(learning_rate, **rate),
+            learning_rate=partial(learning_rate, steps=steps, **settings.schedule()),
             reporter=reporter,
             save=partial(save_checkpoint, engine, directory.checkpoints, state, keep, ranks),
             save_steps=recipe.checkpoint.save_steps,

@@ -11,6 +11,7 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from abba.adapter.initialize import Factors
 from abba.checkpoint.slices import slice_bounds
 from abba.errors import RecipeError, first_line
 
@@ -54,14 +55,14 @@ def engine_config(
 
 
 def start_engine(
-    model: nn.Module, config: Mapping[str, Any], adam: Mapping[str, Any], masters: Mapping[str, Tensor]
+    model: nn.Module, config: Mapping[str, Any], adam: Mapping[str, Any], factors: Mapping[str, Factors]
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap an injected, partitioned model.
 
     Args:
         adam: arguments of torch.optim.AdamW.
-        masters: full fp32 value of every trainable parameter by name. DeepSpeed builds its masters from the bf16
-            parameters, which would round an fp32 initialisation; they are set here from the unrounded values.
+        factors: full fp32 factors by module name. DeepSpeed builds its masters from the bf16 parameters, which would
+            round an fp32 initialisation; they are set here from the unrounded values.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = {"fused": True} if next(model.parameters()).device.type == "cuda" else {}
@@ -69,7 +70,8 @@ def start_engine(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepcopy(dict(config)))
     _replicate(engine)
     for name, parameter in trainable_parameters(engine):
-        _set_master(parameter, masters[name].flatten())
+        module, _, factor = name.rpartition(".")
+        _set_master(parameter, getattr(factors[module], factor).flatten())
     return engine
 
 

@@ -80,12 +80,13 @@ def train(
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
             "peak_memory_bytes": peak_memory_bytes(stream.device),
+            **slowest,
         }
         if evaluate is not None and (done == steps or (eval_steps and done % eval_steps == 0)):
             record["eval_loss"] = evaluate()
         if done == steps or (save_steps and done % save_steps == 0):
             record |= save(done)
-        reporter.step(record, slowest)
+        reporter.step(record)
 
 
 def optimizer_step(
@@ -96,8 +97,8 @@ def optimizer_step(
     rate: float,
     started: float,
     data_seconds: float,
-) -> tuple[float, str]:
-    """Forward, backward, check, update. Returns the loss of the global batch and a note on the slowest rank.
+) -> tuple[float, dict[str, float]]:
+    """Forward, backward, check, update. Returns the loss of the global batch and who was slowest.
 
     The update uses the gradient of (sum of token losses) / (supervised tokens of the global batch). DeepSpeed divides
     by the accumulation steps and averages over ranks; both are undone here, so that the loss is the same for every
@@ -187,12 +188,15 @@ def _gather(values: list[float], device: torch.device) -> torch.Tensor:
     return torch.stack(gathered).cpu()
 
 
-def _slowest(everyone: torch.Tensor) -> str:
-    seconds = everyone[:, 2]
-    if len(seconds) == 1:
-        return ""
-    rank = int(seconds.argmax())
-    return f"  slowest rank {rank}: {seconds[rank]:.2f} s, of it data {everyone[rank, 3]:.2f} s"
+def _slowest(everyone: torch.Tensor) -> dict[str, float]:
+    """The rank that was last to finish forward and backward.
+
+    Under ZeRO-3 a straggler holds up its peers at every layer, so the times lie close together; the seconds it spent on
+    its data are its own.
+    """
+    rank = int(everyone[:, 2].argmax())
+    seconds, data_seconds = everyone[rank, 2:].tolist()
+    return {"slowest_rank": rank, "slowest_rank_seconds": seconds, "slowest_rank_data_seconds": data_seconds}
 
 
 def _numbers(stream: Stream, rows: list[int]) -> str:

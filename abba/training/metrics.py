@@ -56,7 +56,7 @@ class Reporter:
             self._console.print(line, markup=False)
             sys.stdout.flush()
 
-    def step(self, record: dict[str, Any], note: str) -> None:
+    def step(self, record: dict[str, Any]) -> None:
         """A finished optimizer step; `record` goes to metrics.jsonl as it is."""
         if self._file is None:
             return
@@ -78,7 +78,8 @@ class Reporter:
             eta = (time.monotonic() - self._started) / (done - self._first_step) * (self._steps - done)
             self.say(
                 f"step {done}/{self._steps}  {short}  lr {record['learning_rate']:.2e}  "
-                f"grad {record['grad_norm']:.3f}  {record['step_seconds']:.2f} s/step  ETA {_clock(eta)}{note}"
+                f"grad {record['grad_norm']:.3f}  {record['step_seconds']:.2f} s/step  ETA {_clock(eta)}  "
+                f"slowest rank {record['slowest_rank']} ({record['slowest_rank_data_seconds']:.2f} s on data)"
             )
 
 

@@ -98,6 +98,10 @@ class TrainSection(Section):
     per_device_eval_batch_size: Positive = 8
     logging_steps: Positive = 10
 
+    def schedule(self) -> dict[str, Any]:
+        """Arguments of abba.training.schedule.learning_rate."""
+        return {"peak": self.learning_rate, "kind": self.lr_scheduler_type, "warmup_ratio": self.warmup_ratio}
+
     def adam(self) -> dict[str, Any]:
         """Arguments of torch.optim.AdamW."""
         betas = (self.adam_beta1, self.adam_beta2)

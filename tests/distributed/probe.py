@@ -16,13 +16,23 @@ import torch
 import train as program
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+import abba.adapter.linear
 import abba.sharded.engine
 import abba.sharded.initialize
 import abba.training.loop
 
 FACTORS = ("A1", "B1", "A2", "B2")
-result = {"bytes_read": 0, "gathered_factors": [], "gathered_base": [], "resident_2d": [], "buffers": {}, "svd": {}}
+result = {
+    "bytes_read": 0,
+    "gathered_factors": [],
+    "gathered_base": [],
+    "resident_2d": [],
+    "buffers": {},
+    "svd": {},
+    "layer_forwards": [],
+}
 gathers: Counter[str] = Counter()
+forwards: Counter[str] = Counter()
 
 
 def watch_reads() -> None:
@@ -78,7 +88,9 @@ def watch_gathers(engine) -> None:
 
     def counted(engine, *arguments):
         gathers.clear()
+        forwards.clear()
         outcome = step(engine, *arguments)
+        result["layer_forwards"].append(forwards.total())
         result["gathered_factors"].append(sum(n for name, n in gathers.items() if name.endswith(FACTORS)))
         result["gathered_base"].append(sum(n for name, n in gathers.items() if not name.endswith(FACTORS)))
         frozen = [p for p in engine.module.parameters() if not p.requires_grad and len(p.ds_shape) > 1]
@@ -86,6 +98,16 @@ def watch_gathers(engine) -> None:
         return outcome
 
     abba.training.loop.optimizer_step = counted
+
+
+def watch_layers() -> None:
+    forward = abba.adapter.linear.AbbaLinear.forward
+
+    def counting(self, input):
+        forwards["all"] += 1
+        return forward(self, input)
+
+    abba.adapter.linear.AbbaLinear.forward = counting
 
 
 def watch_svd() -> None:
@@ -108,6 +130,7 @@ if __name__ == "__main__":
     watch_reads()
     watch_engine()
     watch_svd()
+    watch_layers()
     code = program.main()
     output.write_text(json.dumps(result))
     sys.exit(code)

@@ -134,8 +134,12 @@ def test_rope_buffers_stay_fp32_in_bf16(runs):
 
 @pytest.mark.parametrize("mode", ["reentrant", "none"])
 def test_gradient_checkpointing_does_not_change_a_bit(runs, mode):
-    run, _ = runs(mode, 2, "model.dtype=bfloat16", f"train.gradient_checkpointing={mode}")
-    assert losses(run) == losses(runs("bf16", 2, "model.dtype=bfloat16")[0])
+    run, found = runs(mode, 2, "model.dtype=bfloat16", f"train.gradient_checkpointing={mode}")
+    checkpointed, found_there = runs("bf16", 2, "model.dtype=bfloat16")
+    assert losses(run) == losses(checkpointed)
+    recomputed = 1 if mode == "none" else 2
+    assert found[0]["layer_forwards"] == [14 * 4 * recomputed] * STEPS, "7 linears of 2 layers, 4 micro-batches"
+    assert found_there[0]["layer_forwards"] == [14 * 4 * 2] * STEPS
 
 
 def test_one_micro_batch_of_eight_rows_equals_eight_of_one(runs):
