@@ -61,6 +61,7 @@ def _child(command: list[str], variables: dict[str, str], out: str, err: str) ->
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         del os.environ[name]
     os.environ.update(variables)
+    assert "tests.warm_imports" in sys.modules, "forkserver hides an import error: import tests.warm_imports to see it"
     script = ROOT / command[0]
     sys.argv, sys.path[0:0] = [str(script), *command[1:]], [str(script.parent)]
     code = 0

@@ -88,9 +88,6 @@ def _open(source: RowSource) -> Any:
         if local.suffix in LOCAL_FORMATS:
             if not is_there(local):
                 raise DataError(f"{source.path!r}: no such file")
-            for key in ("name", "revision"):
-                if getattr(source, key) is not None:
-                    raise DataError(f"{key}: has no meaning for the file {source.path}; leave data.{key} out")
             return datasets.load_dataset(LOCAL_FORMATS[local.suffix], data_files=str(local), split=source.split)
         if is_there(local):
             known = ", ".join(LOCAL_FORMATS)

@@ -61,6 +61,9 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     data = TokenizedRows(tokens)
     for note in data.notes:
         say(f"data: {note}")
+    for key in ("name", "revision"):
+        if getattr(source, key) is not None and Path(source.path).is_file():
+            say(f"data: data.{key}={getattr(source, key)} is for the Hub and means nothing for the file {source.path}")
     if data.largest_id >= vocabulary:
         raise CheckpointError(
             f"{base}: its tokenizer gives id {data.largest_id}, its model has {vocabulary} embeddings; "

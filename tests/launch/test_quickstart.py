@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
     while pending:
         pair, pending = pending[:2], pending[2:]
         for name in pair:
-            where = [f"output_dir={root / name.replace(' ', '-')}", "data.eval_rows=0"]
+            where = [f"output_dir={root / name.replace(' ', '-')}", "data.eval_rows=0", "train.eval_steps="]
             command = ["launch/train.py", "--recipe", "quickstart", *where, *runs[name]]
             programs[name] = warm.Program(root / f"{name} program", command, {})
         for name in pair:

@@ -144,8 +144,6 @@ def test_a_missing_file_or_dataset_says_how_to_fetch_it(tmp_path, tokenizer):
     (tmp_path / "rows.csv").write_text("a,b\n")
     with pytest.raises(DataError, match="is no dataset file"):
         prepared(tmp_path, tokenizer, source(tmp_path / "rows.csv"))
-    with pytest.raises(DataError, match="revision: has no meaning for the file"):
-        prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW), revision="main"))
 
 
 def test_the_tokens_name_depends_on_all_that_they_are_made_from(tmp_path, tokenizer):
