@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help quickstart test test-fast lint clean
+.PHONY: help quickstart test test-slow lint clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, convert and score the embedded tiny model"
-	@echo "make test         install, then run every test"
-	@echo "make test-fast    the same without the tests that learn for minutes"
+	@echo "make test         install, then run the tests"
+	@echo "make test-slow    the tests that train on real data for many minutes"
 	@echo "make lint         ruff and the import rules"
 
 # torch first and alone: a later resolution must not replace the build that suits this machine.
@@ -22,10 +22,10 @@ quickstart: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/quickstart.sh
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
-
-test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
