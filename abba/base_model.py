@@ -42,14 +42,16 @@ def find_base(name_or_path: str, revision: str | None) -> Path:
             raise CheckpointError(f"model.name_or_path: {directory} is no model directory: it has no config.json")
         return directory
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise CheckpointError(f"model.name_or_path: {name_or_path!r} is no directory; give one, or a Hub name")
+        raise CheckpointError(
+            f"model.name_or_path: {name_or_path!r} is no directory (seen from {Path.cwd()}); give one, or a Hub name"
+        )
     try:
         found = snapshot_download(name_or_path, revision=revision, local_files_only=True)
     except (OSError, ValueError):  # HFValidationError among them
         fetch = f"hf download {name_or_path}" + (f" --revision {revision}" if revision else "")
         raise CheckpointError(
-            f"model.name_or_path: {name_or_path!r} is neither a directory here nor in the Hub cache; "
-            f"fetch it first: {fetch} --exclude 'original/*'"
+            f"model.name_or_path: {name_or_path!r} is neither a directory (seen from {Path.cwd()}) "
+            f"nor in the Hub cache; fetch it first: {fetch} --exclude 'original/*'"
         ) from None
     return Path(found)
 

@@ -27,7 +27,9 @@ def main() -> int:
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--max-new-tokens", type=positive, default=512)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--output", type=Path, required=True, help="directory for scores.json and generations.jsonl")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="directory for scores.json and generations.jsonl; replaced there"
+    )
     arguments = parser.parse_args()
     try:
         import torch

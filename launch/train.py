@@ -82,7 +82,7 @@ def run(recipe: Recipe, ranks: Ranks) -> None:
     if recipe.adapter.init_from is None:
         assert_delta_is_zero(engine, stream)
     seconds = time.monotonic() - began
-    say(f"engine: {ranks.world_size} ranks x {accumulation} micro-batches a step; ready after {seconds:.0f} s")
+    say(f"engine: {ranks.world_size} rank(s) x {accumulation} micro-batch(es) a step; ready after {seconds:.0f} s")
 
     # Loop: step, finite?, log, save?
     if ranks.is_main:
@@ -157,6 +157,8 @@ def main() -> int:
     except AbbaError as error:
         return fail(ranks, partial(exit_with, error, "" if ranks.is_main else f"[rank {ranks.rank}] "))
     except KeyboardInterrupt:
+        if ranks.is_main:
+            print("interrupted; what came after the last checkpoint is lost", file=sys.stderr)
         return 130
     except Exception:
         return fail(ranks, lambda: print(f"[rank {ranks.rank}] {traceback.format_exc()}", file=sys.stderr) or 1)

@@ -143,7 +143,9 @@ def verify_adapter(directory: Path) -> AdapterSummary:
 def read_description(directory: Path) -> AdapterDescription:
     """Raises CheckpointError when the directory is no adapter of ours."""
     if not (directory / ABBA_CONFIG).is_file():
-        raise CheckpointError(f"{directory}: is not an ABBA adapter: it has no {ABBA_CONFIG}")
+        raise CheckpointError(
+            f"{directory}: is not an ABBA adapter: it has no {ABBA_CONFIG} (a run's adapter is RUN/adapter)"
+        )
     raw = read_json(directory / ABBA_CONFIG)
     try:
         if raw["format_version"] != FORMAT_VERSION or raw["format"] not in export.FORMATS:

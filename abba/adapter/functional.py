@@ -1,7 +1,12 @@
-"""The one formula of the project: delta W = s (B1 A1) * (B2 A2), applied without ever forming an (O, I) matrix.
+"""The one formula of the project: delta W = s (B1 A1) * (B2 A2), trained without ever forming an (O, I) matrix.
 
-Shapes: O out features, I in features, R = r1, Q = r2, T tokens (all leading dimensions of x).
-Component (k, l) stands at index k*Q + l in both Khatri-Rao factors.
+Entry (o, i) of (B1 A1) * (B2 A2) is the sum over k and l of B1[o,k] A1[k,i] B2[o,l] A2[l,i], which is one product
+B_kr A_kr of rank R*Q, with the row-wise and column-wise Khatri-Rao products
+
+    B_kr[o, k*Q + l] = B1[o, k] B2[o, l]        A_kr[k*Q + l, i] = A1[k, i] A2[l, i]
+
+A name's suffix is its shape: O out features, I in features, R = r1, Q = r2, K = R*Q, T tokens (all leading dimensions
+of x).
 """
 
 from collections.abc import Callable
@@ -73,6 +78,7 @@ class AbbaLinearFunction(torch.autograd.Function):
 
         da1 = db1 = da2 = db2 = None
         if any(ctx.needs_input_grad[1:5]):
+            # Gradients of the two Khatri-Rao factors; the product rule takes them apart.
             da_RQI = (dh_TK.T @ x_TI).view(r, q, i)
             db_ORQ = (dy_TO.T @ h_TK).view(o, r, q)
             da1 = torch.einsum("rqi,qi->ri", da_RQI, a2_QI)

@@ -156,7 +156,7 @@ def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> 
             f"{directory}: {elements} of {expected} elements were loaded, with checksum {resident_sum} instead of "
             f"{read_sum} as read; the memory of a node is faulty"
         )
-    return LoadReport(len(places.parameters), elements, resident_sum, bytes_read, tuple(places.ignored))
+    return LoadReport(len(places.parameters), elements, resident_sum % 2**64, bytes_read, tuple(places.ignored))
 
 
 @dataclass

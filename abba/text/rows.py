@@ -87,7 +87,7 @@ def _open(source: RowSource) -> Any:
     try:
         if local.suffix in LOCAL_FORMATS:
             if not is_there(local):
-                raise DataError(f"{source.path!r}: no such file")
+                raise DataError(f"{source.path!r}: no such file (seen from {Path.cwd()})")
             return datasets.load_dataset(LOCAL_FORMATS[local.suffix], data_files=str(local), split=source.split)
         if is_there(local):
             known = ", ".join(LOCAL_FORMATS)

@@ -55,7 +55,8 @@ class BatchPlan:
     def __init__(self, rows: list[int], global_batch: int, micro_batch: int, seed: int) -> None:
         if len(rows) < global_batch:
             raise DataError(
-                f"{len(rows)} training rows are fewer than train.global_batch_size={global_batch}; lower it or add rows"
+                f"{len(rows)} training rows are left, fewer than train.global_batch_size={global_batch}; "
+                "lower it or data.eval_rows, or add rows"
             )
         self._rows, self._global, self._micro, self._seed = rows, global_batch, micro_batch, seed
         self._orders: dict[int, list[int]] = {}

@@ -41,7 +41,8 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     plan = BatchPlan(train_rows, settings.global_batch_size, micro, settings.seed)
     steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
 
-    print("# batches", *data.notes, sep="\n")
+    print(f"# batches, on {world_size} rank{'s' * (world_size > 1)}: the launcher decides, see its --num_gpus")
+    print(*data.notes, sep="\n", end="\n" * bool(data.notes))
     print(f"{len(train_rows):,} rows to train on, {len(eval_rows):,} held out, {data.tokens(train_rows):,} tokens")
     print(
         f"global batch {settings.global_batch_size} = {world_size} ranks x {micro} rows x {accumulation} times; "
@@ -51,7 +52,7 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     trainable = sum((m.in_features + m.out_features) * (adapter.r1 + adapter.r2) for m in targets.values())
     total = sum(p.numel() for p in model.parameters())
     print(f"{len(targets)} modules, r1={adapter.r1} r2={adapter.r2}, update of rank up to {adapter.r1 * adapter.r2}")
-    print(f"{trainable:,} parameters train, {total:,} are frozen ({100 * trainable / total:.2f}%)")
+    print(f"{trainable:,} parameters train, {total:,} are frozen (1 to {total / trainable:,.0f})")
 
     row = train_rows[0]
     ids, prompt = data.input_ids(row).tolist(), data.prompt_length(row)

@@ -105,6 +105,7 @@ def optimizer_step(
     split of the global batch.
     """
     supervised = stream.data.supervised_tokens(stream.plan.global_rows(step))
+    # DeepSpeed takes the mean over ranks of (sum of losses / micro-batches); this makes it loss per supervised token.
     undo = len(batches) * stream.ranks.world_size / supervised
     losses = []
     for index, batch in enumerate(batches):
@@ -128,7 +129,7 @@ def optimizer_step(
             )
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    engine.step()
+    engine.step()  # the boundary: reduces, clips and updates
     if engine.optimizer.overflow:
         rows = stream.plan.global_rows(step)
         raise NotFiniteError(

@@ -65,12 +65,6 @@ class Reporter:
         done = record["step"]
         if self._first_step is None:
             self._first_step = done - 1
-        if "eval_loss" in record:
-            self.say(f"step {done}/{self._steps}  eval loss {record['eval_loss']:.4f}")
-        if "save_bytes" in record:
-            self.say(
-                f"step {done}/{self._steps}  saved {record['save_bytes']:,} bytes in {record['save_seconds']:.1f} s"
-            )
         short = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=short)
@@ -80,6 +74,12 @@ class Reporter:
                 f"step {done}/{self._steps}  {short}  lr {record['learning_rate']:.2e}  "
                 f"grad {record['grad_norm']:.3f}  {record['step_seconds']:.2f} s/step  ETA {_clock(eta)}  "
                 f"slowest rank {record['slowest_rank']} ({record['slowest_rank_data_seconds']:.2f} s on data)"
+            )
+        if "eval_loss" in record:
+            self.say(f"step {done}/{self._steps}  eval loss {record['eval_loss']:.4f}")
+        if "save_bytes" in record:
+            self.say(
+                f"step {done}/{self._steps}  saved {record['save_bytes']:,} bytes in {record['save_seconds']:.1f} s"
             )
 
 

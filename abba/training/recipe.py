@@ -220,12 +220,20 @@ def _reason(mistake: dict[str, Any], where: str) -> str:
         return "is required"
     if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
         wanted = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}[kind]
-        return f"{value!r} is text, not {wanted}; write it without quotes"
+        return f"{value!r} is text, not {wanted}" + ("; write it without quotes" if _is_number(value) else "")
     if kind in ("adapter", "batch", "owned"):
         return mistake["msg"]
     if kind == "literal_error":
         return f"{value!r} is not one of {context['expected']}"
     return f"{value!r}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return not text.startswith("0") or "." in text  # 010 is text with or without quotes
 
 
 def _fields_of(section: str) -> list[str]:

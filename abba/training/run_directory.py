@@ -99,5 +99,5 @@ def fingerprint(recipe: dict[str, Any], tokens: Path, base: Path, base_checksum:
         "train": {key: value for key, value in recipe["train"].items() if key not in bystanders},
         "data": {"tokens": hash_file(tokens).sha256, "eval_rows": recipe["data"]["eval_rows"]},
         "adapter": recipe["adapter"],
-        "model": {**recipe["model"], "config": config, "weights": f"{base_checksum:x}"},
+        "model": {**recipe["model"], "config": config, "weights": f"{base_checksum:016x}"},
     }

@@ -176,7 +176,7 @@ def test_each_row_once_per_epoch_in_the_same_order_at_any_world_size(rows, micro
 
 
 def test_too_few_rows_are_refused_and_steps_cover_every_row():
-    with pytest.raises(DataError, match=r"3 training rows are fewer than train\.global_batch_size=4"):
+    with pytest.raises(DataError, match=r"3 training rows are left, fewer than train\.global_batch_size=4"):
         BatchPlan([0, 1, 2], 4, 1, 0)
     plan = BatchPlan(list(range(10)), 4, 1, 0)
     assert plan.steps_for(1.0) == 3 and plan.epoch_at(3) == 1.2
