@@ -40,9 +40,8 @@ def load_partitioned(
     wrong = {p.ds_tensor.dtype for p in model.parameters()} - {dtype}
     assert not wrong, f"partitions are {wrong}, not {dtype}"
     loaded = load_base(model, directory, ranks.rank, ranks.world_size)
-    say(
-        f"model: {directory}, {config.model_type}, {str(dtype).removeprefix('torch.')}, {attention} attention because {why}"
-    )
+    name = str(dtype).removeprefix("torch.")
+    say(f"model: {directory}, {config.model_type}, {name}, {attention} attention because {why}")
     say(
         f"model: {loaded.elements:,} parameters in {loaded.tensors} tensors; each rank read its 1/{ranks.world_size}, "
         f"rank 0 {loaded.bytes_read:,} bytes, in {time.monotonic() - started:.1f} s; checksum {loaded.checksum:016x}"
