@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def environment(**changes: str) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(warm.LAUNCHERS)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**inherited, "PATH": path, **changes}
+
+
+def deepspeed(*command: str) -> subprocess.CompletedProcess:
+    """Run a program on two ranks under the real `deepspeed` launcher."""
+    return subprocess.run(
+        ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), *command],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
 
 
 def free_port() -> int:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 from functools import partial
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import warm
-from tests.distributed.ranks import STORIES, TINY, environment, free_port
+from tests.distributed.ranks import STORIES, TINY, deepspeed
 from tests.warm import ROOT
 
 TRAIN = ["launch/train.py", "--recipe", "quickstart", "train.max_steps=1", "data.max_rows=100"]
@@ -167,17 +166,7 @@ def test_only_an_earlier_run_is_overwritten_and_only_when_asked(run, tmp_path):
 
 
 def test_the_deepspeed_launcher_shows_it_once_and_keeps_the_code(tmp_path):
-    command = [
-        "deepspeed",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-        *TRAIN,
-        "adapter.target_modules=[q_prj]",
-        f"output_dir={tmp_path}",
-    ]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    result = deepspeed(*TRAIN, f"output_dir={tmp_path}", "adapter.target_modules=[q_prj]")
     assert result.returncode == 64
     assert (result.stdout + result.stderr).count("did you mean q_proj?") == 1
     assert "Traceback" not in result.stderr

@@ -1,19 +1,19 @@
 """Real input: GSM8K's own rows through the shipped recipe, on the tiny base, under the real launcher."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests import warm
-from tests.distributed.ranks import TINY, environment, free_port, read_metrics
+from tests.distributed.ranks import TINY, deepspeed, read_metrics
 from tests.warm import ROOT
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(not GSM8K.is_dir(), reason=f"needs GSM8K's train.jsonl and test.jsonl in {GSM8K}"),
 ]
 
@@ -21,21 +21,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory: Path = tmp_path_factory.mktemp("gsm8k") / "run"
-    command = [
-        "deepspeed",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-        "launch/train.py",
-        "--recipe",
-        "gsm8k.yaml",
-    ]
-    command += [f"model.name_or_path={TINY}", f"data.path={GSM8K / 'train.jsonl'}", f"output_dir={directory}"]
-    result = subprocess.run(
-        [*command, "train.max_steps=60"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    command = ["launch/train.py", "--recipe", "gsm8k.yaml", f"model.name_or_path={TINY}"]
+    result = deepspeed(*command, f"data.path={GSM8K / 'train.jsonl'}", f"output_dir={directory}", "train.max_steps=60")
     assert result.returncode == 0, result.stderr[-3000:]
     return directory, result.stdout
 
