@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from abba.base_model import find_base, load_config, load_tokenizer
-from abba.errors import CheckpointError, RecipeError
+from abba.errors import AbbaError, CheckpointError, RecipeError
 from abba.text.encode import padding_id
 from abba.text.rows import RowSource
 from abba.training.recipe import DataSection, Recipe
-from abba.training.run_directory import RunDirectory, wait_for
+from abba.training.run_directory import RunDirectory, announce_failure, wait_for
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 
 
@@ -47,17 +47,20 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     vocabulary = load_config(base).get_text_config().vocab_size
     tokenizer = load_tokenizer(base)
-    source = row_source(recipe.data)
-    if is_main:
-        directory.claim(recipe.overwrite_output_dir)
-    limits = (recipe.data.max_length, recipe.data.max_bad_rows)
+    source, limits = row_source(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
     tokens = tokens_path(source, *limits, tokenizer, directory.tokens)
     if not is_main:
         wait_for(tokens)
-    elif tokens.is_file():
-        say(f"data: {tokens} holds these rows as tokens already")
-    else:
-        prepare_tokens(source, *limits, tokenizer, tokens)
+    try:
+        if is_main:
+            directory.claim(recipe.overwrite_output_dir)
+            if tokens.is_file():
+                say(f"data: {tokens} holds these rows as tokens already")
+            else:
+                prepare_tokens(source, *limits, tokenizer, tokens)
+    except AbbaError as error:
+        announce_failure(tokens, error)
+        raise
     data = TokenizedRows(tokens)
     for note in data.notes:
         say(f"data: {note}")

@@ -19,11 +19,12 @@ import yaml
 
 from abba.adapter.files import refuse_occupied
 from abba.checkpoint.format import remove_checkpoints
-from abba.errors import CheckpointError
-from abba.storage import hash_file, make_directory
+from abba.errors import AbbaError, CheckpointError, as_failed
+from abba.storage import hash_file, make_directory, read_json, write_json
 
 SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
 SHARED_WITHIN_SECONDS = 120
+STARTED = time.time()
 
 
 class RunDirectory:
@@ -66,22 +67,35 @@ class RunDirectory:
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
+def announce_failure(path: Path, error: AbbaError) -> None:
+    """Tell ranks that wait for `path` that it will not come; not every launcher ends them for us."""
+    if path.parent.is_dir():
+        write_json(_failure_of(path), {"exit_code": error.exit_code, "message": str(error)})
+
+
 def wait_for(path: Path) -> None:
     """Wait until rank 0 has prepared `path`, however long that takes; in a collective the wait would time out.
 
-    If rank 0 fails, its launcher ends this process.
-
     Raises:
+        AbbaError: rank 0 failed; with its exit code.
         CheckpointError: not even its directory appears; output_dir is not on storage that all nodes share.
     """
     started = time.monotonic()
     while not path.exists():
+        failure = _failure_of(path)
+        if failure.is_file() and failure.stat().st_mtime >= STARTED:  # not an earlier run's
+            said = read_json(failure)
+            raise as_failed(said["message"], said["exit_code"])
         if time.monotonic() - started > SHARED_WITHIN_SECONDS and not path.parent.is_dir():
             raise CheckpointError(
                 f"{path.parent}: rank 0 made it {SHARED_WITHIN_SECONDS} s ago and it is not here; "
                 "put output_dir on storage that all nodes share"
             )
         time.sleep(0.2)
+
+
+def _failure_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.failed.json")
 
 
 def software_versions() -> dict[str, str]:

@@ -38,3 +38,11 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_no_half_checkpoint
     speaker = finished[1 if where == "shard" else 0].stderr
     assert "No space left on device" in speaker and "Traceback" not in "".join(rank.stderr for rank in finished)
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_ranks_that_wait_for_the_data_learn_that_rank_0_failed(tmp_path, arguments):
+    """As under a bare srun, which leaves the others running when one rank exits."""
+    command = ["launch/train.py", *arguments(tmp_path / "run", "data.path=nowhere.jsonl")]
+    finished = run_ranks(tmp_path / "ranks", [command, command])
+    assert [rank.returncode for rank in finished] == [65, 65]
+    assert "no such file" in finished[0].stderr and "rank 0 failed" in finished[1].stderr
