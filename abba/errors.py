@@ -70,13 +70,6 @@ class NoProgressError(AbbaError):
     subject = "no progress"
 
 
-def as_failed(message: str, exit_code: int) -> AbbaError:
-    """The error that another rank has met, with its exit code."""
-    error = AbbaError(f"rank 0 failed: {message}")
-    error.exit_code = exit_code
-    return error
-
-
 def first_line(error: BaseException) -> str:
     """What an error of a library says, shortened to a line; its class where it says nothing."""
     text = str(error).strip()

@@ -233,6 +233,20 @@ def publish_directory(temporary: Path, final: Path) -> None:
         shutil.rmtree(displaced)
 
 
+def free_bytes(path: Path) -> int:
+    """What a user may still write on the file system of `path`; 0 when it is gone."""
+    try:
+        status = os.statvfs(path)
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize
+
+
+def in_gb(size: int) -> str:
+    """A size for people: 1.23 GB, 0.4 MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def is_there(path: Path) -> bool:
     """Whether a path that a user wrote exists; one that no file can have does not."""
     try:

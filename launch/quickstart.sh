@@ -10,7 +10,9 @@ tiny=recipes/assets/tiny-llama
 started=$(date +%s)
 
 echo "== 1/4 train: deepspeed --num_gpus 2 launch/train.py --recipe quickstart.yaml"
-deepspeed --num_gpus 2 --master_port $((20000 + $$ % 20000)) --log_level error launch/train.py --recipe quickstart.yaml output_dir="$run"
+# From scratch each time; without the last two words an interrupted run would be continued.
+deepspeed --num_gpus 2 --master_port $((20000 + $$ % 20000)) --log_level error launch/train.py --recipe quickstart.yaml \
+    output_dir="$run" checkpoint.resume=never overwrite_output_dir=true
 
 echo "== 2/4 convert: python launch/convert.py $run $run/lora --format lora --verify --base $tiny"
 python launch/convert.py "$run" "$run/lora" --format lora --verify --base "$tiny" --force

@@ -10,108 +10,176 @@ Read `run` from top to bottom: it is the whole program.
 """
 
 import argparse
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import RECIPES
 
-from abba.errors import AbbaError, exit_with
 from abba.sharded.ranks import Ranks, ranks_from_environment
+from abba.training.failures import World, fail
 from abba.training.recipe import Recipe, load_recipe
+from abba.training.run_directory import RunDirectory
+from abba.training.watch import Watch
+
+if TYPE_CHECKING:
+    from abba.training.loop import Stream
+    from abba.training.resume import ResumePoint
+
+Say = Callable[[str], None]
 
 
-def run(recipe: Recipe, ranks: Ranks) -> None:
+def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, watch: Watch, say: Say) -> None:
     # Imported here because it takes seconds: a mistake in the recipe is shown at once, by every launcher.
-    import torch
     import torch.distributed as dist
 
-    from abba.adapter.inject import find_targets, inject
-    from abba.base_model import DTYPES
-    from abba.sharded.checkpoint import save_checkpoint
-    from abba.sharded.engine import engine_config, start_engine
-    from abba.sharded.initialize import starting_factors
+    from abba.checkpoint.format import step_directory
     from abba.sharded.process_group import start_process_group
+    from abba.sharded.together import share
     from abba.training.batches import BatchPlan, split_rows
-    from abba.training.finish import checkpoint_state, finish
-    from abba.training.loop import Stream, assert_delta_is_zero, held_out_loss, train
-    from abba.training.metrics import Reporter
-    from abba.training.model import enable_checkpointing, load_partitioned
+    from abba.training.finish import finish
+    from abba.training.loop import Stream
     from abba.training.prepare import accumulation_steps, prepare
-    from abba.training.run_directory import fingerprint
-    from abba.training.schedule import learning_rate
+    from abba.training.resume import find_resume_point, fingerprint, refuse_changes
 
     began, settings = time.monotonic(), recipe.train
-    say = partial(print, flush=True) if ranks.is_main else (lambda line: None)
     micro_batch = settings.per_device_train_batch_size
-    accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
+    accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
 
     # Data: rank 0 fetches and tokenises before anyone joins; the others find the result on disk.
-    directory, base, padding, data = prepare(recipe, ranks.is_main, say)
+    base, padding, data = prepare(recipe, directory, ranks.is_main, say)
     train_rows, eval_rows = split_rows(len(data), recipe.data.eval_rows, settings.seed)
     plan = BatchPlan(train_rows, settings.global_batch_size, micro_batch, settings.seed)
     steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
     say(f"data: {len(train_rows):,} rows to train on, {len(eval_rows):,} held out; {steps:,} steps")
 
+    # Ranks: they meet; from now on each knows when another on its machine is dead.
+    device = start_process_group(ranks, settings.ddp_timeout)
+    world.meet(partial(share, device=device))
+
+    # Resume: the newest valid checkpoint of this run, or none.
+    wanted = recipe.checkpoint
+    resumed = find_resume_point(wanted.resume, wanted.strict, directory.checkpoints, ranks, device, say)
+    identity = fingerprint(recipe.model_dump(mode="json"), data.path, base)
+    if resumed is not None:
+        refuse_changes(resumed, identity, wanted.allow_changed, steps, say)
+
+    if resumed is None or resumed.state.step < steps:
+        stream = Stream(data, plan, padding, ranks, device)
+        fit(recipe, directory, base, stream, eval_rows, steps, identity, resumed, world, watch, say)
+        last = step_directory(directory.checkpoints, steps)
+    else:
+        say(f"all {steps:,} steps are done; nothing is left to train")
+        last = resumed.directory
+
+    # Result: the last checkpoint as a standalone adapter, re-opened and verified; its score, if the recipe asks.
+    world.peers = {}  # the other ranks end here, before rank 0
+    dist.barrier()
+    dist.destroy_process_group()
+    if ranks.is_main:
+        finish(last, directory, say)
+        if recipe.evaluate is not None:
+            score(recipe, base, directory.adapter, directory.evaluation, say)
+        say(f"done in {time.monotonic() - began:.0f} s")
+
+
+def fit(
+    recipe: Recipe,
+    directory: RunDirectory,
+    base: Path,
+    stream: "Stream",
+    eval_rows: list[int],
+    steps: int,
+    identity: dict,
+    resumed: "ResumePoint | None",
+    world: World,
+    watch: Watch,
+    say: Say,
+) -> None:
+    """Train from step 0 or from `resumed` to `steps`; what it leaves is the checkpoints."""
+    import torch
+
+    from abba.adapter.inject import find_targets, inject
+    from abba.base_model import DTYPES
+    from abba.sharded.checkpoint import save_checkpoint
+    from abba.sharded.engine import engine_config, start_engine
+    from abba.training.finish import checkpoint_state
+    from abba.training.loop import assert_delta_is_zero, held_out_loss, train
+    from abba.training.metrics import Reporter
+    from abba.training.model import enable_checkpointing, load_partitioned
+    from abba.training.prepare import accumulation_steps
+    from abba.training.resume import continue_random_streams, refuse_changes, starting_point
+    from abba.training.schedule import learning_rate
+
+    began, settings, ranks, device = time.monotonic(), recipe.train, stream.ranks, stream.device
+    micro_batch = settings.per_device_train_batch_size
+    accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
+
     # Base: each rank reads its own slice of every weight; no rank ever holds or sends a full copy.
-    device = start_process_group(ranks)
     torch.manual_seed(settings.seed + ranks.rank)  # for dropout, where a base has any
     dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
     config = engine_config(dtype, micro_batch, accumulation, settings.max_grad_norm, recipe.deepspeed)
-    model, base_checksum = load_partitioned(base, dtype, attention, config, device, ranks, say)
+    model, checksum = load_partitioned(base, dtype, attention, config, device, ranks, say)
+    identity["model"]["weights"] = f"{checksum:016x}"
+    if resumed is not None:
+        refuse_changes(resumed, identity, recipe.checkpoint.allow_changed, steps, silent)
+    first = resumed.state.step if resumed else 0
 
-    # Adapter: frozen linears become AbbaLinear; factors by SVD, bit-equal at any world size.
+    # Adapter: frozen linears become AbbaLinear; factors by SVD, bit-equal at any world size, or from the checkpoint.
     adapter = recipe.adapter.config()
     targets = find_targets(model, adapter)
-    factors = starting_factors(targets, adapter, settings.seed, recipe.adapter.init_from, ranks)
-    report = inject(model, adapter, factors=factors)
-    say(
-        f"adapter: {len(report.replaced)} modules, r1={adapter.r1} r2={adapter.r2} scale={adapter.scale:g}; "
-        f"{report.trainable_parameters:,} parameters train, {report.frozen_parameters:,} are frozen"
-    )
+    with starting_point(resumed, targets, adapter, settings.seed, recipe.adapter.init_from, ranks) as (factors, read):
+        report = inject(model, adapter, factors=factors)
+        say(
+            f"adapter: {len(report.replaced)} modules, r1={adapter.r1} r2={adapter.r2} scale={adapter.scale:g}; "
+            f"{report.trainable_parameters:,} parameters train, {report.frozen_parameters:,} are frozen"
+        )
 
-    # Engine: base sharded, factors replicated, gradient checkpointing, fp32 masters that no rounding has touched.
-    enable_checkpointing(model, settings.gradient_checkpointing)
-    engine = start_engine(model, config, settings.adam(), factors)
-    del factors  # full fp32 copies; the engine holds its slices
-    stream = Stream(data, plan, padding, ranks, device)
-    if recipe.adapter.init_from is None:
+        # Engine: base sharded, factors replicated, gradient checkpointing, fp32 masters that no rounding has touched.
+        enable_checkpointing(model, settings.gradient_checkpointing)
+        engine = start_engine(model, config, settings.adam(), read, first)
+    del factors, read  # full fp32 copies; the engine holds its slices
+    if resumed is None and recipe.adapter.init_from is None:
         assert_delta_is_zero(engine, stream)
     seconds = time.monotonic() - began
     say(f"engine: {ranks.world_size} rank(s) x {accumulation} micro-batch(es) a step; ready after {seconds:.0f} s")
 
-    # Loop: step, finite?, log, save?
+    # Loop: step, finite?, log, save?, stop asked?
     if ranks.is_main:
-        directory.begin(recipe.model_dump(mode="json"))
-    identity = fingerprint(recipe.model_dump(mode="json"), data.path, base, base_checksum)
+        directory.begin(recipe.model_dump(mode="json"), first, say)
+        saves = (steps - first) // (recipe.checkpoint.save_steps or steps) + 1
+        directory.refuse_too_small(report.trainable_parameters, saves, recipe.checkpoint.save_total_limit)
     state = checkpoint_state(recipe, report.shapes, identity)
     keep = recipe.checkpoint.save_total_limit
     held_out = partial(held_out_loss, engine, stream, eval_rows, settings.per_device_eval_batch_size)
-    with Reporter(directory.metrics if ranks.is_main else None, steps, settings.logging_steps) as reporter:
+    if resumed is not None:
+        continue_random_streams(resumed, settings.seed, ranks, device, say)
+    with (
+        Reporter(directory.metrics if ranks.is_main else None, steps, settings.logging_steps) as reporter,
+        watch.of_steps(recipe.checkpoint.grace_seconds),
+    ):
         train(
             engine,
             stream,
+            first=first,
             steps=steps,
             learning_rate=partial(learning_rate, steps=steps, **settings.schedule()),
             reporter=reporter,
-            save=partial(save_checkpoint, engine, directory.checkpoints, state, keep, ranks),
+            world=world,
+            watch=watch,
+            save=partial(save_checkpoint, engine, directory.checkpoints, state, keep, ranks, directory.confirm),
             save_steps=recipe.checkpoint.save_steps,
             evaluate=held_out if eval_rows else None,
             eval_steps=settings.eval_steps,
         )
 
-    # Result: the last checkpoint as a standalone adapter, re-opened and verified; its score, if the recipe asks.
-    dist.barrier()
-    dist.destroy_process_group()
-    if ranks.is_main:
-        finish(directory, steps, say)
-        if recipe.evaluate is not None:
-            score(recipe, base, directory.adapter, directory.evaluation, say)
-        say(f"done in {time.monotonic() - began:.0f} s")
+
+def silent(line: str) -> None:
+    """What ranks other than 0 say."""
 
 
 def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable[[str], None]) -> None:
@@ -143,9 +211,10 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="show what would run; needs no GPU and writes nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     arguments = parser.parse_intermixed_args()
-    ranks = Ranks()
+    world, watch = World(), None
     try:
         ranks = ranks_from_environment()
+        world.rank, world.world_size = ranks.rank, ranks.world_size
         recipe = load_recipe(arguments.recipe, arguments.overrides, RECIPES)
         if arguments.dry_run:
             from abba.training.dry_run import dry_run
@@ -153,30 +222,24 @@ def main() -> int:
             if ranks.is_main:
                 dry_run(recipe, ranks.world_size)
             return 0
-        run(recipe, ranks)
-    except AbbaError as error:
-        return fail(ranks, partial(exit_with, error, "" if ranks.is_main else f"[rank {ranks.rank}] "))
+        directory = RunDirectory(recipe.output_dir)
+        world.failures = directory.failures
+        watch = Watch(world, before_exit=directory.release)
+        watch.start()
+        say = partial(print, flush=True) if ranks.is_main else silent
+        overwrite = recipe.overwrite_output_dir
+        held = directory.held(recipe.checkpoint.resume, overwrite, ranks.job, say) if ranks.is_main else nullcontext()
+        with held as world.start:
+            run(recipe, ranks, directory, world, watch, say)
     except KeyboardInterrupt:
-        if ranks.is_main:
+        if world.rank == 0:
             print("interrupted; what came after the last checkpoint is lost", file=sys.stderr)
         return 130
-    except Exception:
-        return fail(ranks, lambda: print(f"[rank {ranks.rank}] {traceback.format_exc()}", file=sys.stderr) or 1)
+    except Exception as error:
+        if watch is not None:
+            watch.stop()  # from here on this rank ends by itself
+        fail(error, world)
     return 0
-
-
-def fail(ranks: Ranks, report) -> int:
-    """End this process with an error, without waiting for ranks that may be stuck in a collective.
-
-    Most errors meet every rank alike. The others give rank 0 time to speak and the launcher time to end them, so that
-    the error is shown once; what befell them alone they then say themselves.
-    """
-    if not ranks.is_main:
-        time.sleep(5)
-    code = report()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

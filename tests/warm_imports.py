@@ -12,4 +12,5 @@ import abba.sharded.process_group
 import abba.training.dry_run
 import abba.training.finish
 import abba.training.loop
-import abba.training.model  # noqa: F401
+import abba.training.model
+import abba.training.resume  # noqa: F401

@@ -94,11 +94,15 @@ def inject(
     return InjectionReport(shapes, trainable, frozen)
 
 
+def factor_shapes(linear: nn.Linear, config: AdapterConfig) -> Factors:
+    """The shape of each factor of a module, as Factors of tuples."""
+    out, into = linear.out_features, linear.in_features
+    return Factors((config.r1, into), (out, config.r1), (config.r2, into), (out, config.r2))
+
+
 def check_factors(name: str, factors: Factors, linear: nn.Linear, config: AdapterConfig) -> None:
     """Raises CheckpointError for factors that do not fit module `name`, or with which nothing would ever train."""
-    out, into = linear.out_features, linear.in_features
-    needed = Factors((config.r1, into), (out, config.r1), (config.r2, into), (out, config.r2))
-    for key, factor, shape in zip(Factors._fields, factors, needed, strict=True):
+    for key, factor, shape in zip(Factors._fields, factors, factor_shapes(linear, config), strict=True):
         if tuple(factor.shape) != shape:
             raise CheckpointError(
                 f"adapter: {key} of {name} is {tuple(factor.shape)}, this base needs {shape}; "

@@ -39,8 +39,10 @@ from abba.storage import (
 
 FORMAT_VERSION = 1
 MANIFEST, STATE = "manifest.json", "state.json"
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+KINDS = (MASTER, *MOMENTS)
 _STEP = re.compile(r"step-(\d{6,})")
+_LEFTOVER = re.compile(r"step-\d{6,}\.tmp|\.step-\d{6,}\.replaced-\d+")  # see temporary_directory, publish_directory
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -60,10 +62,7 @@ def write_shard(directory: Path, rank: int, world_size: int, slices: Iterable[tu
     tensors = dict(slices)
     layout = {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     metadata = {"format": "abba-slices", "rank": str(rank), "world_size": str(world_size)}
-    try:
-        return write_safetensors(directory / shard_name(rank, world_size), layout, tensors.values(), metadata)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: shard of rank {rank} cannot be written: {error.strerror}") from error
+    return write_safetensors(directory / shard_name(rank, world_size), layout, tensors.values(), metadata)
 
 
 def commit(final: Path, state: Mapping[str, Any], shards: list[FileEntry]) -> None:
@@ -71,22 +70,19 @@ def commit(final: Path, state: Mapping[str, Any], shards: list[FileEntry]) -> No
     temporary = temporary_directory(final)
     world_size = len(shards)
     files = {shard_name(rank, world_size): entry for rank, entry in enumerate(shards)}
-    try:
-        files[STATE] = write_json(temporary / STATE, {"format_version": FORMAT_VERSION, **state})
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": state["step"],
-            "world_size": world_size,
-            "files": {name: entry._asdict() for name, entry in files.items()},
-        }
-        write_json(temporary / MANIFEST, manifest)
-        publish_directory(temporary, final)
-    except OSError as error:
-        raise CheckpointError(f"{final}: cannot be written: {error.strerror}") from error
+    files[STATE] = write_json(temporary / STATE, {"format_version": FORMAT_VERSION, **state})
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": state["step"],
+        "world_size": world_size,
+        "files": {name: entry._asdict() for name, entry in files.items()},
+    }
+    write_json(temporary / MANIFEST, manifest)
+    publish_directory(temporary, final)
 
 
-def verify(directory: Path) -> None:
-    """Check every file of a checkpoint against its manifest.
+def verify(directory: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Check the files of a checkpoint against its manifest; each of several ranks hashes its share.
 
     Raises:
         CheckpointError: names the file that is missing, extra or changed.
@@ -95,8 +91,11 @@ def verify(directory: Path) -> None:
     present = {path.name for path in directory.iterdir()}
     for name in sorted(present ^ (files.keys() | {MANIFEST})):
         raise CheckpointError(f"{directory / name}: {'is not in the manifest' if name in present else 'is missing'}")
-    for name, entry in files.items():
-        actual = hash_file(directory / name)
+    for name, entry in list(files.items())[rank::world_size]:
+        try:
+            actual = hash_file(directory / name)
+        except OSError as error:
+            raise CheckpointError(f"{directory / name}: cannot be read: {error.strerror}") from error
         if actual != entry:
             what = f"{actual.size} bytes, not {entry.size}" if actual.size != entry.size else "its SHA-256 differs"
             raise CheckpointError(f"{directory / name}: is damaged: {what}")
@@ -115,19 +114,32 @@ def newest_valid(root: Path, report: Callable[[str], None]) -> Path | None:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Committed checkpoint directories in the order of their steps, verified or not."""
-    found = [(int(match[1]), path) for path in _children(root) if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in _numbered(root)]
 
 
-def rotate(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; called right after a commit, so the newest is valid."""
-    for directory in list_checkpoints(root)[:-keep]:
+def rotate(root: Path, keep: int, newest: int) -> None:
+    """Delete all but the last `keep` checkpoints up to the one of step `newest`, which was just committed.
+
+    Those of later steps did not verify when this run was resumed before them: counted as newer, they would push out
+    the valid one.
+    """
+    present = {directory: step for step, directory in _numbered(root)}
+    kept = [directory for directory, step in present.items() if step <= newest][-keep:]
+    for directory in present.keys() - set(kept):
         # Renamed first: a name that is listed always stands for a whole checkpoint.
         doomed = temporary_directory(directory)
+        shutil.rmtree(doomed, ignore_errors=True)
         directory.rename(doomed)
         shutil.rmtree(doomed)
-    if root.is_dir():
-        sync_directory(root)
+    sync_directory(root)
+
+
+def remove_leftovers(root: Path) -> list[Path]:
+    """Delete what killed saves and rotations left behind; returns it. Only for the owner of the run directory."""
+    leftovers = [path for path in _children(root) if _LEFTOVER.fullmatch(path.name)]
+    for path in leftovers:
+        shutil.rmtree(path)
+    return leftovers
 
 
 @dataclass(frozen=True)
@@ -141,8 +153,8 @@ class CheckpointState:
     adapter: AdapterConfig
     modules: dict[str, tuple[int, int]]  # name -> (out, in)
     tensors: dict[str, tuple[int, ...]]  # trainable tensor -> full shape
-    fingerprint: dict[str, Any]
-    software: dict[str, str]
+    fingerprint: dict[str, Any]  # what must not change when the run goes on
+    recipe: dict[str, Any]  # as resolved; for people and model cards
 
 
 def read_state(directory: Path) -> CheckpointState:
@@ -191,6 +203,16 @@ class ShardReader:
         pieces = overlapping(numel, self._state.world_size, start, stop)
         return torch.cat([self._shards[rank].read(f"{kind}/{name}", low, high) for rank, low, high in pieces])
 
+    def random_state(self, rank: int, device_type: str) -> Tensor:
+        """What torch.get_rng_state gave on `rank` when the checkpoint was written; uint8."""
+        try:
+            return self._shards[rank].read(f"rng/{device_type}")
+        except KeyError:
+            raise CheckpointError(
+                f"{self._shards[rank].path}: holds no random state of a {device_type} device; "
+                "continue on the kind of device that it was saved on"
+            ) from None
+
     def _check_layout(self) -> None:
         for rank, shard in enumerate(self._shards):
             for kind in KINDS:
@@ -229,6 +251,10 @@ def _manifest_files(directory: Path) -> dict[str, FileEntry]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{directory / MANIFEST}: is not its manifest: {error}") from error
     return files
+
+
+def _numbered(root: Path) -> list[tuple[int, Path]]:
+    return sorted((int(match[1]), path) for path in _children(root) if (match := _STEP.fullmatch(path.name)))
 
 
 def _children(root: Path) -> Iterator[Path]:

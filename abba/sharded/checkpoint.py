@@ -1,29 +1,42 @@
-"""Saving the engine's state: every rank writes its slices, all agree, one commits. Nothing is gathered."""
+"""The engine's state to files and back: every rank writes its slices, all agree, one commits. Nothing is gathered."""
 
+import errno
+import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from abba.checkpoint import format
+from abba.checkpoint.format import CheckpointState, ShardReader
 from abba.errors import CheckpointError
 from abba.sharded.engine import local_slices, trainable_parameters
 from abba.sharded.ranks import Ranks
-from abba.storage import FileEntry
+from abba.sharded.together import agree, share
+from abba.storage import FileEntry, free_bytes, in_gb
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def save_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, root: Path, state: Mapping[str, Any], keep: int, ranks: Ranks, step: int
+    engine: deepspeed.DeepSpeedEngine,
+    root: Path,
+    state: Mapping[str, Any],
+    keep: int,
+    ranks: Ranks,
+    confirm: Callable[[], None],
+    step: int,
 ) -> dict[str, float]:
     """Write `root/step-N` after N steps and delete all but the newest `keep`. Collective.
 
     Args:
         state: what goes into state.json besides the step, the world size and the tensor shapes.
+        confirm: called on rank 0 right before the commit; raises when the directory is no longer this run's.
 
     Returns:
         For the metrics: seconds it took, bytes of all shards.
@@ -34,6 +47,8 @@ def save_checkpoint(
     started = time.monotonic()
     final = format.step_directory(root, step)
     temporary = format.temporary_directory(final)
+    slices = dict(_state_of_this_rank(engine))
+    own_bytes = sum(tensor.numel() * tensor.element_size() for tensor in slices.values())
     entries: list[FileEntry] = []
 
     def make_room() -> None:
@@ -42,20 +57,24 @@ def save_checkpoint(
             temporary.mkdir(parents=True)
 
     def write_own_shard() -> None:
-        entries.append(format.write_shard(temporary, ranks.rank, ranks.world_size, _state_of_this_rank(engine)))
+        entries.append(format.write_shard(temporary, ranks.rank, ranks.world_size, slices.items()))
 
     def commit() -> None:
         if ranks.is_main:
             shapes = {name: tuple(parameter.ds_shape) for name, parameter in trainable_parameters(engine)}
             whole = {**state, "step": step, "world_size": ranks.world_size, "tensors": shapes}
+            confirm()
             format.commit(final, whole, shards)
-            format.rotate(root, keep)
+            format.rotate(root, keep, step)
+
+    def part(work: Callable[[], None]) -> None:
+        agree(lambda: _explained(work, final, own_bytes * ranks.world_size), engine.device)
 
     try:
-        _together(make_room, final, engine.device)
-        _together(write_own_shard, final, engine.device)
+        part(make_room)
+        part(write_own_shard)
         shards = _gather_entries(entries[0], engine.device)
-        _together(commit, final, engine.device)
+        part(commit)
     except CheckpointError:
         if ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -63,26 +82,47 @@ def save_checkpoint(
     return {"save_seconds": time.monotonic() - started, "save_bytes": sum(shard.size for shard in shards)}
 
 
-def _together(work: Callable[[], None], final: Path, device: torch.device) -> None:
-    """Do one's part of the work; go on only if every rank could. No rank is left waiting for one that failed."""
-    failure = None
+def newest_valid_together(
+    candidates: list[Path], ranks: Ranks, device: torch.device, report: Callable[[str], None]
+) -> Path | None:
+    """The last of rank 0's `candidates` that verifies, each rank hashing its share of the files. Collective.
+
+    Each later one that does not verify is reported, with the file at fault.
+    """
+    names = json.loads(share(json.dumps([str(path) for path in candidates]).encode(), device)[0])
+    for directory in map(Path, reversed(names)):
+        try:
+            agree(lambda where=directory: format.verify(where, ranks.rank, ranks.world_size), device)
+            return directory
+        except CheckpointError as error:
+            report(f"checkpoint: WARNING: passed over {directory}: {error.reason}")
+    return None
+
+
+def restore_random_state(directory: Path, state: CheckpointState, ranks: Ranks, device: torch.device) -> bool:
+    """Continue this rank's random streams; False at another world size, where there are none to continue."""
+    if state.world_size != ranks.world_size:
+        return False
+    with ShardReader(directory, state) as reader:
+        torch.set_rng_state(reader.random_state(ranks.rank, "cpu"))
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(reader.random_state(ranks.rank, "cuda"), device)
+    return True
+
+
+def _explained(work: Callable[[], None], final: Path, needed: int) -> None:
     try:
         work()
-    except CheckpointError as error:
-        failure = error
     except OSError as error:
-        failure = CheckpointError(f"{final}: cannot be written: {error.strerror}")
-    failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(failed)
-    if failure is not None:
-        raise failure
-    if failed.item():
-        raise CheckpointError(
-            f"{final}: {int(failed.item())} other ranks could not write their part; see their messages"
-        )
+        if error.errno in NO_SPACE:
+            raise CheckpointError(
+                f"{final}: no space: this save needs {in_gb(needed)}, {in_gb(free_bytes(final.parent))} are free; "
+                "delete something, or lower checkpoint.save_total_limit"
+            ) from error
+        raise CheckpointError(f"{final}: cannot be written: {error.strerror or error}") from error
 
 
-def _state_of_this_rank(engine: deepspeed.DeepSpeedEngine):
+def _state_of_this_rank(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
     yield from local_slices(engine)
     yield "rng/cpu", torch.get_rng_state()
     if engine.device.type == "cuda":
@@ -90,10 +130,4 @@ def _state_of_this_rank(engine: deepspeed.DeepSpeedEngine):
 
 
 def _gather_entries(entry: FileEntry, device: torch.device) -> list[FileEntry]:
-    """Every rank's entry, on every rank; as plain bytes, because object collectives unpickle what peers send."""
-    data = entry.size.to_bytes(8, "little") + bytes.fromhex(entry.sha256)
-    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, mine)
-    raw = [bytes(part.cpu().tolist()) for part in gathered]
-    return [FileEntry(int.from_bytes(part[:8], "little"), part[8:].hex()) for part in raw]
+    return [FileEntry(*json.loads(text)) for text in share(json.dumps(entry).encode(), device)]

@@ -1,17 +1,22 @@
 """The ZeRO-3 engine: base partitioned, factors and 1-D tensors replicated, masters exact, state as slices."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state, safe_set_local_fp32_param
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from abba.adapter.initialize import Factors
+from abba.checkpoint.format import MASTER, MOMENTS
 from abba.checkpoint.slices import slice_bounds
 from abba.errors import RecipeError, first_line
 
@@ -55,23 +60,30 @@ def engine_config(
 
 
 def start_engine(
-    model: nn.Module, config: Mapping[str, Any], adam: Mapping[str, Any], factors: Mapping[str, Factors]
+    model: nn.Module,
+    config: Mapping[str, Any],
+    adam: Mapping[str, Any],
+    read: Callable[[str, str, int, int], Tensor],
+    step: int = 0,
 ) -> deepspeed.DeepSpeedEngine:
-    """Wrap an injected, partitioned model.
+    """Wrap an injected, partitioned model whose optimizer has done `step` steps.
 
     Args:
         adam: arguments of torch.optim.AdamW.
-        factors: full fp32 factors by module name. DeepSpeed builds its masters from the bf16 parameters, which would
-            round an fp32 initialisation; they are set here from the unrounded values.
+        read: `read(kind, name, start, stop)` gives elements of a flattened trainable tensor in fp32: its master and,
+            after the first step, its moments. DeepSpeed builds its masters from the bf16 parameters, which would round
+            them; they are set here from the unrounded values, and the bf16 copies from them.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = {"fused": True} if next(model.parameters()).device.type == "cuda" else {}
     optimizer = torch.optim.AdamW(trainable, **adam, **fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepcopy(dict(config)))
-    _replicate(engine)
+    if step:
+        _create_adam_state(engine, step)
     for name, parameter in trainable_parameters(engine):
-        module, _, factor = name.rpartition(".")
-        _set_master(parameter, getattr(factors[module], factor).flatten())
+        for kind in (MASTER, *MOMENTS) if step else (MASTER,):
+            _set_local(parameter, kind, read(kind, name, *_bounds(parameter)))
+    _replicate(engine)
     return engine
 
 
@@ -84,14 +96,14 @@ def local_slices(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tenso
     """This rank's part of the training state: `KIND/NAME` and a 1-D fp32 tensor without padding. No communication."""
     yield from local_masters(engine)
     for name, parameter in trainable_parameters(engine):
-        for kind in ("exp_avg", "exp_avg_sq"):
+        for kind in MOMENTS:
             yield f"{kind}/{name}", _without_padding(parameter, safe_get_local_optimizer_state(parameter, kind))
 
 
 def local_masters(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
     """This rank's slices of the fp32 masters as `master/NAME`; also before the first step, when no moments exist."""
     for name, parameter in trainable_parameters(engine):
-        yield f"master/{name}", _without_padding(parameter, safe_get_local_fp32_param(parameter))
+        yield f"{MASTER}/{name}", _without_padding(parameter, safe_get_local_fp32_param(parameter))
 
 
 def _without_padding(parameter: nn.Parameter, local: Tensor) -> Tensor:
@@ -103,11 +115,22 @@ def _bounds(parameter: nn.Parameter) -> tuple[int, int]:
     return slice_bounds(parameter.ds_numel, parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size)
 
 
-def _set_master(parameter: nn.Parameter, full: Tensor) -> None:
-    start, stop = _bounds(parameter)
+def _create_adam_state(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """The state that AdamW makes in its first step; DeepSpeed can only set what is there."""
+    inner = engine.optimizer.optimizer
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        count = torch.tensor(float(step), device=flat.device if inner.defaults["fused"] else "cpu")
+        inner.state[flat] = {"step": count, **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
+
+
+def _set_local(parameter: nn.Parameter, kind: str, values: Tensor) -> None:
     local = torch.zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device)
-    local[: stop - start] = full[start:stop]
-    safe_set_local_fp32_param(parameter, local)
+    local[: values.numel()] = values
+    if kind == MASTER:
+        safe_set_local_fp32_param(parameter, local)
+        parameter.ds_tensor.data.copy_(local)  # before the first gather, or a stale copy would be used silently
+    else:
+        safe_set_local_optimizer_state(parameter, local, kind)
 
 
 def _replicate(engine: deepspeed.DeepSpeedEngine) -> None:

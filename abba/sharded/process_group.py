@@ -2,6 +2,7 @@
 
 import os
 import socket
+from datetime import timedelta
 
 import deepspeed
 import torch
@@ -12,8 +13,11 @@ from abba.errors import RankLostError, first_line
 from abba.sharded.ranks import Ranks
 
 
-def start_process_group(ranks: Ranks) -> torch.device:
+def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.device:
     """Join the other ranks (nccl on GPUs, gloo on CPUs) and return this rank's device.
+
+    Args:
+        timeout_seconds: how long a collective waits for a rank that hangs.
 
     Raises:
         RankLostError: the group has another size than the launcher promised, or its address is unknown.
@@ -36,7 +40,8 @@ def start_process_group(ranks: Ranks) -> torch.device:
         accelerator.set_device(ranks.local_rank)
     backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
     try:
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        timeout = timedelta(seconds=timeout_seconds)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except RuntimeError as error:
         raise RankLostError(
             f"rank {ranks.rank} cannot meet the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "

@@ -20,13 +20,14 @@ LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: its rank, the number of ranks, its rank on this node, and who started it."""
+    """This process among all: its rank, the number of ranks, its rank on this node; who started it, for which job."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
     launcher: str = "none"
+    job: str | None = None  # SLURM's job id, which a requeued job keeps
 
     @property
     def is_main(self) -> bool:
@@ -39,6 +40,7 @@ def ranks_from_environment() -> Ranks:
     Raises:
         RankLostError: a launcher's variables are incomplete or contradict each other.
     """
+    job = os.environ.get("SLURM_JOB_ID")
     for launcher, names in LAUNCHERS.items():
         rank, size = (os.environ.get(name) for name in names[:2])
         if launcher == "srun" and "SLURM_STEP_ID" not in os.environ:
@@ -48,10 +50,10 @@ def ranks_from_environment() -> Ranks:
         try:
             local_rank = int(os.environ.get(names[2], 0))
             local_size = int(os.environ.get(names[3], size or 1))
-            ranks = Ranks(int(rank), int(size), local_rank, min(local_size, int(size)), launcher)
+            ranks = Ranks(int(rank), int(size), local_rank, min(local_size, int(size)), launcher, job)
         except (TypeError, ValueError):
             raise RankLostError(f"{names[0]}={rank!r} and {names[1]}={size!r}: both must be whole numbers") from None
         if not 0 <= ranks.rank < ranks.world_size:
             raise RankLostError(f"{names[0]}={rank} is not below {names[1]}={size}; check the launcher's arguments")
         return ranks
-    return Ranks()
+    return Ranks(job=job)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from abba.checkpoint.convert import convert
-from abba.checkpoint.format import step_directory, verify
+from abba.checkpoint.format import verify
 from abba.training.recipe import Recipe
-from abba.training.run_directory import RunDirectory, software_versions
+from abba.training.run_directory import RunDirectory
 
 
 def checkpoint_state(
@@ -20,15 +21,14 @@ def checkpoint_state(
         "adapter": asdict(recipe.adapter.config()),
         "modules": modules,
         "fingerprint": fingerprint,
-        "software": software_versions(),
+        "recipe": recipe.model_dump(mode="json"),
     }
 
 
-def finish(directory: RunDirectory, steps: int, say: Callable[[str], None]) -> None:
+def finish(last: Path, directory: RunDirectory, say: Callable[[str], None]) -> None:
     """Convert the last checkpoint to the run's adapter, which is re-opened and verified as it is written."""
-    checkpoint = step_directory(directory.checkpoints, steps)
-    verify(checkpoint)
-    _, summary = convert(checkpoint, directory.adapter, overwrite=True)
+    verify(last)
+    _, summary = convert(last, directory.adapter, overwrite=True)
     say(f"adapter: {directory.adapter}: {summary.tensors} tensors, {summary.bytes:,} bytes, PEFT LoHa, verified")
     if summary.changes_nothing:
         say("adapter: WARNING: every B2 is zero, so it changes nothing; was the learning rate 0?")

@@ -1,6 +1,7 @@
 """The loop and the step, nothing else."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,16 @@ import torch
 import torch.distributed as dist
 
 from abba.adapter.linear import bypass
-from abba.errors import NotFiniteError
+from abba.errors import CheckpointError, NotFiniteError, PreemptedError
 from abba.sharded.ranks import Ranks
 from abba.training.batches import BatchPlan, MicroBatch, collate
+from abba.training.failures import World
 from abba.training.loss import token_loss_sum
 from abba.training.metrics import Reporter, peak_memory_bytes
 from abba.training.tokens import TokenizedRows
+from abba.training.watch import Watch
+
+SAVE_ATTEMPTS = 3  # in a row: a full disk may be emptied before the next save
 
 
 @dataclass(frozen=True)
@@ -38,32 +43,41 @@ def train(
     engine: Any,
     stream: Stream,
     *,
+    first: int,
     steps: int,
     learning_rate: Callable[[int], float],
     reporter: Reporter,
+    world: World,
+    watch: Watch,
     save: Callable[[int], dict[str, float]],
     save_steps: int | None,
     evaluate: Callable[[], float] | None,
     eval_steps: int | None,
 ) -> None:
-    """Run optimizer steps 0 .. steps-1. Collective.
+    """Run optimizer steps first .. steps-1. Collective.
 
     Args:
         learning_rate: rate of a step.
-        save: writes a checkpoint after so many steps; returns what to add to that step's metrics.
+        world: learns which step is being computed.
+        watch: knows whether somebody has asked for a stop.
+        save: writes a checkpoint after so many steps; returns what it took.
         evaluate: the held-out loss, or None without held-out rows.
 
     Raises:
         NotFiniteError: a loss or gradient is NaN or infinite; on all ranks, before the update.
+        PreemptedError: a rank was asked to stop; on all ranks, after a save.
+        CheckpointError: SAVE_ATTEMPTS saves in a row failed, or one after which there is no other.
     """
     engine.train()
-    for step in range(steps):
+    failed_saves = 0
+    for step in range(first, steps):
+        world.step = step + 1
         started = time.monotonic()
         batches = stream.micro_batches(step)
         data_seconds = time.monotonic() - started
 
         rate = learning_rate(step)
-        loss, slowest = optimizer_step(engine, stream, step, batches, rate, started, data_seconds)
+        outcome = optimizer_step(engine, stream, step, batches, rate, started, data_seconds, watch)
         step_seconds = time.monotonic() - started
 
         done, rows = step + 1, stream.plan.global_rows(step)
@@ -71,7 +85,7 @@ def train(
         record = {
             "step": done,
             "epoch": round(stream.plan.epoch_at(done), 6),
-            "loss": loss,
+            "loss": outcome.loss,
             "learning_rate": rate,
             "grad_norm": float(engine.get_global_grad_norm()),
             "tokens": tokens,
@@ -80,13 +94,36 @@ def train(
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
             "peak_memory_bytes": peak_memory_bytes(stream.device),
-            **slowest,
+            **outcome.slowest,
         }
         if evaluate is not None and (done == steps or (eval_steps and done % eval_steps == 0)):
-            record["eval_loss"] = evaluate()
-        if done == steps or (save_steps and done % save_steps == 0):
-            record |= save(done)
+            if outcome.stop:
+                reporter.say(f"step {done}: held-out loss left out, because the run is asked to stop")
+            else:
+                record["eval_loss"] = evaluate()
         reporter.step(record)
+        if done == steps or outcome.stop or (save_steps and done % save_steps == 0):
+            try:
+                reporter.saved(done, save(done))
+                failed_saves = 0
+            except CheckpointError as error:
+                failed_saves += 1
+                if done == steps or outcome.stop or failed_saves == SAVE_ATTEMPTS:
+                    raise
+                reporter.say(f"checkpoint: WARNING: {error.reason}; training goes on, the next save tries again")
+        if outcome.stop:
+            raise PreemptedError(
+                f"{outcome.stop} after step {done} of {steps}, which is saved; start the same command again to continue"
+            )
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """Of one optimizer step, the same on every rank."""
+
+    loss: float  # of the global batch, per supervised token
+    slowest: dict[str, float]
+    stop: str | None  # who was asked to stop, and how
 
 
 def optimizer_step(
@@ -97,8 +134,9 @@ def optimizer_step(
     rate: float,
     started: float,
     data_seconds: float,
-) -> tuple[float, dict[str, float]]:
-    """Forward, backward, check, update. Returns the loss of the global batch and who was slowest.
+    watch: Watch,
+) -> StepOutcome:
+    """Forward, backward, check, update; and what every rank has to know of the others. Collective.
 
     The update uses the gradient of (sum of token losses) / (supervised tokens of the global batch). DeepSpeed divides
     by the accumulation steps and averages over ranks; both are undone here, so that the loss is the same for every
@@ -119,7 +157,8 @@ def optimizer_step(
     # Every rank learns of every other's loss before anything is updated.
     values = torch.stack(losses).tolist()
     bad_batch = next((index for index, value in enumerate(values) if not math.isfinite(value)), -1)
-    everyone = _gather([sum(values), bad_batch, time.monotonic() - started, data_seconds], stream.device)
+    mine = [sum(values), bad_batch, time.monotonic() - started, data_seconds, watch.requested]
+    everyone = _gather(mine, stream.device)
     for rank, (_, bad, *_) in enumerate(everyone.tolist()):
         if bad >= 0:
             rows = stream.plan.micro_batches(step, rank, stream.ranks.world_size)[int(bad)]
@@ -136,7 +175,7 @@ def optimizer_step(
             f"the gradient of step {step + 1}, dataset rows {_numbers(stream, rows)}, is not finite; "
             "nothing was updated; look at these rows, or lower train.learning_rate"
         )
-    return float(everyone[:, 0].sum()) / supervised, _slowest(everyone)
+    return StepOutcome(float(everyone[:, 0].sum()) / supervised, _slowest(everyone), _stop(everyone))
 
 
 @torch.no_grad()
@@ -196,8 +235,13 @@ def _slowest(everyone: torch.Tensor) -> dict[str, float]:
     its data are its own.
     """
     rank = int(everyone[:, 2].argmax())
-    seconds, data_seconds = everyone[rank, 2:].tolist()
+    seconds, data_seconds = everyone[rank, 2:4].tolist()
     return {"slowest_rank": rank, "slowest_rank_seconds": seconds, "slowest_rank_data_seconds": data_seconds}
+
+
+def _stop(everyone: torch.Tensor) -> str | None:
+    asked = [(rank, int(number)) for rank, number in enumerate(everyone[:, 4]) if number]
+    return f"{signal.Signals(asked[0][1]).name} to rank {asked[0][0]}" if asked else None
 
 
 def _numbers(stream: Stream, rows: list[int]) -> str:

@@ -48,7 +48,10 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                self.say(f"metrics.jsonl: WARNING: its last lines are lost: {error.strerror}")
 
     def say(self, line: str) -> None:
         """One plain line, on rank 0."""
@@ -60,8 +63,7 @@ class Reporter:
         """A finished optimizer step; `record` goes to metrics.jsonl as it is."""
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._write(record)
         done = record["step"]
         if self._first_step is None:
             self._first_step = done - 1
@@ -77,10 +79,19 @@ class Reporter:
             )
         if "eval_loss" in record:
             self.say(f"step {done}/{self._steps}  eval loss {record['eval_loss']:.4f}")
-        if "save_bytes" in record:
-            self.say(
-                f"step {done}/{self._steps}  saved {record['save_bytes']:,} bytes in {record['save_seconds']:.1f} s"
-            )
+
+    def saved(self, step: int, cost: dict[str, float]) -> None:
+        """A checkpoint after `step`: a line of its own, because the step's has to be on disk before the commit."""
+        if self._file is not None:
+            self._write({"step": step, **cost})
+            self.say(f"step {step}/{self._steps}  saved {cost['save_bytes']:,} bytes in {cost['save_seconds']:.1f} s")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:  # the line stays in the buffer and goes out with a later one
+            self.say(f"metrics.jsonl: WARNING: step {record['step']} cannot be written yet: {error.strerror}")
 
 
 def _clock(seconds: float) -> str:

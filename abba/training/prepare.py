@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from abba.base_model import find_base, load_config, load_tokenizer
-from abba.errors import AbbaError, CheckpointError, RecipeError
+from abba.errors import CheckpointError, RecipeError
 from abba.text.encode import padding_id
 from abba.text.rows import RowSource
 from abba.training.recipe import DataSection, Recipe
-from abba.training.run_directory import RunDirectory, announce_failure, wait_for
+from abba.training.run_directory import RunDirectory, wait_for
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 
 
@@ -33,17 +33,18 @@ def row_source(data: DataSection) -> RowSource:
     return RowSource(**{field.name: getattr(data, field.name) for field in dataclasses.fields(RowSource)})
 
 
-def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[RunDirectory, Path, int, TokenizedRows]:
-    """(run directory, base model's directory, id to pad with, tokenised rows).
+def prepare(
+    recipe: Recipe, directory: RunDirectory, is_main: bool, say: Callable[[str], None]
+) -> tuple[Path, int, TokenizedRows]:
+    """(base model's directory, id to pad with, tokenised rows).
 
     Rank 0 writes, and fails, before any process group exists: nobody waits in a collective that would time out. The
     others wait for the tokens file, whose name is a hash of what it is made from.
 
     Raises:
-        CheckpointError: the base model cannot be found or output_dir not be used.
+        CheckpointError: the base model cannot be found.
         DataError: the dataset cannot be used.
     """
-    directory = RunDirectory(recipe.output_dir)
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     vocabulary = load_config(base).get_text_config().vocab_size
     tokenizer = load_tokenizer(base)
@@ -51,16 +52,10 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     tokens = tokens_path(source, *limits, tokenizer, directory.tokens)
     if not is_main:
         wait_for(tokens)
-    try:
-        if is_main:
-            directory.claim(recipe.overwrite_output_dir)
-            if tokens.is_file():
-                say(f"data: {tokens} holds these rows as tokens already")
-            else:
-                prepare_tokens(source, *limits, tokenizer, tokens)
-    except AbbaError as error:
-        announce_failure(tokens, error)
-        raise
+    elif tokens.is_file():
+        say(f"data: {tokens} holds these rows as tokens already")
+    else:
+        prepare_tokens(source, *limits, tokenizer, tokens)
     data = TokenizedRows(tokens)
     for note in data.notes:
         say(f"data: {note}")
@@ -72,4 +67,4 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
             f"{base}: its tokenizer gives id {data.largest_id}, its model has {vocabulary} embeddings; "
             "tokenizer and model do not belong together"
         )
-    return directory, base, padding_id(tokenizer), data
+    return base, padding_id(tokenizer), data

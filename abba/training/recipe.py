@@ -97,6 +97,7 @@ class TrainSection(Section):
     eval_steps: Positive | None = None  # None: at the end only
     per_device_eval_batch_size: Positive = 8
     logging_steps: Positive = 10
+    ddp_timeout: Positive = 1800  # seconds until ranks that wait for one that hangs give up
 
     def schedule(self) -> dict[str, Any]:
         """Arguments of abba.training.schedule.learning_rate."""
@@ -118,8 +119,12 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    save_steps: Positive | None = None  # None: at the end only
+    save_steps: Positive | None = None  # None: at the end only, and when the job is asked to stop
     save_total_limit: Positive = 2
+    resume: Text = "auto"  # auto: from output_dir's newest valid one; never; or another run's checkpoint
+    strict: bool = False  # refuse a damaged checkpoint instead of using the one before
+    allow_changed: list[str] = []  # fields that may differ from the checkpoint's: train.learning_rate, software
+    grace_seconds: Positive = 120  # from SIGTERM or SIGUSR1 to the end of the step and its save
 
 
 class EvaluateSection(Section):
@@ -158,6 +163,16 @@ class Recipe(Section):
         if mistakes:
             raise PydanticCustomError("owned", "{all}", {"all": "; ".join(mistakes)})
         return value
+
+    @model_validator(mode="after")
+    def _discards_or_continues(self) -> "Recipe":
+        if self.overwrite_output_dir and self.checkpoint.resume != "never":
+            message = (
+                "overwrite_output_dir: discards an earlier run, checkpoint.resume={resume} continues one; "
+                "leave it out, or set checkpoint.resume=never"
+            )
+            raise PydanticCustomError("adapter", message, {"resume": self.checkpoint.resume})
+        return self
 
     @model_validator(mode="after")
     def _evaluates_on_something(self) -> "Recipe":

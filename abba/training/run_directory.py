@@ -1,30 +1,33 @@
-"""The directory of a run, and what must stay the same for it to be the same run.
+"""The directory of a run.
 
 runs/NAME/
     recipe.yaml        as resolved
-    metrics.jsonl      one line per optimizer step
+    metrics.jsonl      one line per optimizer step, one per save
     tokens/            the tokenised dataset
     checkpoints/       step-000100/ and so on
     adapter/           the result, in PEFT's LoHa form
+    lock.json, starts.json, failures/    of a run that is alive, or did not end well
 """
 
-import hashlib
-import importlib.metadata
+import json
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from abba.adapter.files import refuse_occupied
-from abba.checkpoint.format import remove_checkpoints
-from abba.errors import AbbaError, CheckpointError, as_failed
-from abba.storage import hash_file, make_directory, read_json, write_json
+from abba.checkpoint.format import list_checkpoints, remove_checkpoints, remove_leftovers
+from abba.errors import CheckpointError, DataError, NoProgressError, RecipeError
+from abba.storage import free_bytes, in_gb, make_directory, read_json, write_json
+from abba.training.run_lock import RunLock
 
-SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
+STARTS = 3  # in a row that may end without a new checkpoint
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # an fp32 master and two moments
 SHARED_WITHIN_SECONDS = 120
-STARTED = time.time()
 
 
 class RunDirectory:
@@ -38,80 +41,119 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.evaluation = self.path / "evaluation"
+        self.failures = self.path / "failures"
+        self._starts = self.path / "starts.json"
+        self._lock: RunLock | None = None
 
-    def claim(self, overwrite: bool) -> None:
-        """Create it, and make sure that it is ours to use; one process of a run does this.
+    @contextmanager
+    def held(self, resume: str, overwrite: bool, job: str | None, say: Callable[[str], None]) -> Iterator[str]:
+        """Make it, lock it, count this start and name it; one process of a run does this.
 
         Raises:
-            CheckpointError: it cannot be written, or holds an earlier run and `overwrite` is false.
+            CheckpointError: it cannot be written, another run is alive in it, or an earlier one would be lost.
+            NoProgressError: the last STARTS starts got no further.
         """
         make_directory(self.path, "output_dir")
-        earlier = [path for path in (self.checkpoints, self.adapter, self.metrics) if path.exists()]
-        if earlier and not overwrite:
-            raise CheckpointError(
-                f"output_dir {self.path}: holds {earlier[0].name} of an earlier run; choose another output_dir, "
-                "or discard that run with overwrite_output_dir=true"
-            )
-        refuse_occupied(self.adapter, overwrite)
-        self.tokens.mkdir(exist_ok=True)
+        with RunLock(self.path / "lock.json", job, say) as self._lock:
+            self._check_earlier_run(resume, overwrite)
+            self._count_start()
+            shutil.rmtree(self.failures, ignore_errors=True)
+            self.tokens.mkdir(exist_ok=True)
+            try:
+                yield self._lock.token
+            except (RecipeError, DataError, CheckpointError, KeyboardInterrupt):
+                self._starts.unlink(missing_ok=True)  # for the user to mend, not a loop of crashes
+                raise
+            self._starts.unlink(missing_ok=True)
 
-    def begin(self, recipe: dict[str, Any]) -> None:
-        """Discard an earlier run and write recipe.yaml; called when nothing but training itself can still go wrong.
+    def confirm(self) -> None:
+        """Raises CheckpointError when another run has taken over this directory."""
+        self._lock.confirm()
+
+    def release(self) -> None:
+        """Let the next start have it at once; on a process that ends without leaving `held`."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def begin(self, recipe: dict[str, Any], step: int, say: Callable[[str], None]) -> None:
+        """Write recipe.yaml and leave what belongs to the first `step` steps; called right before the loop.
 
         Only what a run writes is deleted: somebody else's files in the same directory stay.
         """
-        remove_checkpoints(self.checkpoints)
-        for path in (self.adapter, self.evaluation):
-            shutil.rmtree(path, ignore_errors=True)
-        self.metrics.unlink(missing_ok=True)
+        if step == 0:
+            remove_checkpoints(self.checkpoints)
+            for path in (self.adapter, self.evaluation):
+                shutil.rmtree(path, ignore_errors=True)
+        for path in remove_leftovers(self.checkpoints):
+            say(f"checkpoint: removed {path}, which an earlier start left unfinished")
+        self._keep_metrics(step)
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
+    def refuse_too_small(self, parameters: int, saves: int, keep: int) -> None:
+        """Before the first step: raises CheckpointError when what the run will hold at once does not fit the disk.
 
-def announce_failure(path: Path, error: AbbaError) -> None:
-    """Tell ranks that wait for `path` that it will not come; not every launcher ends them for us."""
-    if path.parent.is_dir():
-        write_json(_failure_of(path), {"exit_code": error.exit_code, "message": str(error)})
+        Args:
+            parameters: that train.
+            saves: how many are still to come; `keep` + 1 checkpoints exist while the oldest is being replaced.
+        """
+        more = max(1, min(saves, keep + 1 - len(list_checkpoints(self.checkpoints))))
+        needed, free = parameters * (more * CHECKPOINT_BYTES_PER_PARAMETER + 4), free_bytes(self.path)
+        if free < needed:
+            raise CheckpointError(
+                f"output_dir {self.path}: no space: {more} checkpoints and the adapter need {in_gb(needed)}, "
+                f"{in_gb(free)} are free; make room, lower checkpoint.save_total_limit, or choose another output_dir"
+            )
+
+    def _check_earlier_run(self, resume: str, overwrite: bool) -> None:
+        earlier = [path for path in (self.checkpoints, self.adapter, self.metrics) if path.exists()]
+        if resume == "never" and earlier and not overwrite:
+            raise CheckpointError(
+                f"output_dir {self.path}: holds {earlier[0].name} of an earlier run; choose another output_dir, "
+                "continue that run with checkpoint.resume=auto, or discard it with overwrite_output_dir=true"
+            )
+        if resume != "never" and self.adapter.exists() and not list_checkpoints(self.checkpoints):
+            raise CheckpointError(
+                f"output_dir {self.path}: holds an adapter and no checkpoint to continue from; choose another "
+                "output_dir, or discard it with checkpoint.resume=never overwrite_output_dir=true"
+            )
+        refuse_occupied(self.adapter, overwrite=True)
+
+    def _count_start(self) -> None:
+        present = list_checkpoints(self.checkpoints)
+        newest = present[-1].name if present else "the start"
+        earlier = read_json(self._starts) if self._starts.is_file() else {}
+        count = earlier.get("count", 0) if earlier.get("newest") == newest else 0
+        if count >= STARTS:
+            said = [read_json(path)["what"] for path in sorted(self.failures.glob("*-rank-*.json"))]
+            raise NoProgressError(
+                f"{self.path}: {count} starts in a row ended without a checkpoint after {newest}; "
+                f"the last one: {said[0] if said else 'no rank could say why, see its log'}; "
+                f"when the cause is mended, delete {self._starts} and start again"
+            )
+        write_json(self._starts, {"newest": newest, "count": count + 1})
+
+    def _keep_metrics(self, step: int) -> None:
+        """Drop the lines of steps that will be computed again, and what a kill left of a last line."""
+        if step == 0 or not self.metrics.is_file():
+            self.metrics.unlink(missing_ok=True)
+            return
+        lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = self.metrics.with_name(f".{self.metrics.name}")
+        kept.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept.replace(self.metrics)
 
 
 def wait_for(path: Path) -> None:
     """Wait until rank 0 has prepared `path`, however long that takes; in a collective the wait would time out.
 
     Raises:
-        AbbaError: rank 0 failed; with its exit code.
         CheckpointError: not even its directory appears; output_dir is not on storage that all nodes share.
     """
     started = time.monotonic()
     while not path.exists():
-        failure = _failure_of(path)
-        if failure.is_file() and failure.stat().st_mtime >= STARTED:  # not an earlier run's
-            said = read_json(failure)
-            raise as_failed(said["message"], said["exit_code"])
         if time.monotonic() - started > SHARED_WITHIN_SECONDS and not path.parent.is_dir():
             raise CheckpointError(
                 f"{path.parent}: rank 0 made it {SHARED_WITHIN_SECONDS} s ago and it is not here; "
                 "put output_dir on storage that all nodes share"
             )
         time.sleep(0.2)
-
-
-def _failure_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.failed.json")
-
-
-def software_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in SOFTWARE}
-
-
-def fingerprint(recipe: dict[str, Any], tokens: Path, base: Path, base_checksum: int) -> dict[str, Any]:
-    """What decides the numbers of a run: batch, data, base model, adapter; never accumulation or world size.
-
-    Data and base are known by their content: the hash of the tokens, the checksum of the weights.
-    """
-    bystanders = ("logging_steps", "eval_steps", "per_device_eval_batch_size")
-    config = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
-    return {
-        "train": {key: value for key, value in recipe["train"].items() if key not in bystanders},
-        "data": {"tokens": hash_file(tokens).sha256, "eval_rows": recipe["data"]["eval_rows"]},
-        "adapter": recipe["adapter"],
-        "model": {**recipe["model"], "config": config, "weights": f"{base_checksum:016x}"},
-    }

@@ -38,7 +38,7 @@ def write_checkpoint(root, step=4, world=2):
         entries.append(format.write_shard(temporary, rank, world, slices))
     state = {"step": step, "world_size": world, "seed": 0, "base_model": "base", "modules": {"m": (7, 5)}}
     state |= {"adapter": AdapterConfig(3, 2, 4.0, ("m",)).__dict__, "tensors": SHAPES}
-    format.commit(final, {**state, "fingerprint": {}, "software": {}}, entries)
+    format.commit(final, {**state, "fingerprint": {}, "recipe": {}}, entries)
     return final
 
 
@@ -111,7 +111,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, damage, nam
 def test_rotation_keeps_the_newest(tmp_path):
     for step in (2, 4, 10, 8):
         write_checkpoint(tmp_path, step)
-    format.rotate(tmp_path, 2)
+    format.rotate(tmp_path, 2, 10)
     assert {path.name for path in tmp_path.iterdir()} == {"step-000008", "step-000010"}
     assert [path.name for path in format.list_checkpoints(tmp_path)] == ["step-000008", "step-000010"]
 

@@ -152,16 +152,17 @@ def test_an_adapter_that_does_not_fit(run, tmp_path, overrides, expected):
 def test_only_an_earlier_run_is_overwritten_and_only_when_asked(run, tmp_path):
     (tmp_path / "run/checkpoints/step-000001").mkdir(parents=True)
     (tmp_path / "run/checkpoints/other").mkdir(parents=True)
-    result = run(*TRAIN, f"output_dir={tmp_path / 'run'}", "overwrite_output_dir=false")
+    never = ["checkpoint.resume=never", "overwrite_output_dir=true"]
+    result = run(*TRAIN, f"output_dir={tmp_path / 'run'}", "checkpoint.resume=never")
     lines = check(result, 66, "holds checkpoints of an earlier run", "overwrite_output_dir=true")
     assert len(lines) == 1
-    assert run(*TRAIN, f"output_dir={tmp_path / 'run'}", "overwrite_output_dir=true").returncode == 0
+    assert run(*TRAIN, f"output_dir={tmp_path / 'run'}", *never).returncode == 0
     assert not (tmp_path / "run/checkpoints/step-000001/shard").exists()
     assert (tmp_path / "run/checkpoints/other").is_dir()
     shutil.rmtree(tmp_path / "run/adapter")
     (tmp_path / "run/adapter").mkdir()
     (tmp_path / "run/adapter/thesis.txt").touch()
-    result = run(*TRAIN, f"output_dir={tmp_path / 'run'}", "overwrite_output_dir=true")
+    result = run(*TRAIN, f"output_dir={tmp_path / 'run'}", *never)
     check(result, 66, "holds something that is no adapter")
 
 

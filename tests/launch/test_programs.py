@@ -37,7 +37,7 @@ def test_torchrun_trains_on_two_ranks_and_leaves_a_whole_run(trained):
     assert checkpoints == ["step-000002", "step-000003"]
     assert len(list((run / "checkpoints/step-000003").glob("shard-*-of-00002.safetensors"))) == 2
     state = json.loads((run / "checkpoints/step-000003/state.json").read_text())
-    assert state["fingerprint"]["model"]["weights"] and state["software"]["torch"]
+    assert state["fingerprint"]["model"]["weights"] and state["fingerprint"]["software"]["torch"]
 
 
 def test_the_resolved_recipe_of_a_run_can_be_run_again(trained, tmp_path):

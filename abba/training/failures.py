@@ -1,0 +1,138 @@
+"""What one rank's failure means to the others: each says in the run directory why it ends, and all end with it.
+
+Not every launcher ends the others, a dead peer may leave them in a collective for half an hour, and the error that they
+get there ("connection closed") is not the one that a user needs.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from abba.errors import AbbaError, RankLostError, first_line
+from abba.storage import read_json, write_json
+from abba.training.processes import machine, own_start_time, process_started
+
+EVIDENCE_SECONDS = 4  # how long the cause of a broken connection is looked for
+OTHERS_SPEAK_SECONDS = 3  # rank 0 speaks first and the launcher ends the others, so that an error is shown once
+
+
+class Peer(NamedTuple):
+    """A rank on this machine, known by process id and start."""
+
+    pid: int
+    started: int | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ended: one line, and the exit code that all share."""
+
+    rank: int
+    what: str
+    exit_code: int
+    is_echo: bool = False  # a broken connection, the consequence of something else
+
+
+class World:
+    """What this rank knows of the others. What each announces lies in RUN/failures/, a file per start and failed rank.
+
+    Nothing is announced before `start` is known, which rank 0 has with the lock and the others when they meet it: until
+    then the directory may be another run's.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = 0, 1
+        self.step = 0  # being computed, counted from 1
+        self.peers: dict[int, Peer] = {}  # other ranks of this machine that must be alive
+        self.failures: Path | None = None
+        self.start: str | None = None  # names this start of the run
+        self._since = own_start_time()
+
+    def meet(self, share: Callable[[bytes], list[bytes]]) -> None:
+        """Learn which ranks run on this machine. Collective: `share` gives every rank's bytes to every rank."""
+        mine = {"start": self.start, "machine": machine(), "peer": Peer(os.getpid(), process_started(os.getpid()))}
+        everyone = [json.loads(said) for said in share(json.dumps(mine).encode())]
+        here = {rank: Peer(*said["peer"]) for rank, said in enumerate(everyone) if said["machine"] == mine["machine"]}
+        self.peers = {rank: peer for rank, peer in here.items() if rank != self.rank}
+        self.start = everyone[0]["start"]
+
+    def announce(self, failure: Failure) -> None:
+        if self.start is not None and self.failures.parent.is_dir():
+            self.failures.mkdir(exist_ok=True)
+            final = self.failures / f"{self.start}-rank-{failure.rank:05d}.json"
+            write_json(final.with_suffix(".tmp"), failure.__dict__)
+            final.with_suffix(".tmp").replace(final)
+
+    def announced(self) -> list[Failure]:
+        """Failures of other ranks of this start; until its name is known, since this process began. Causes first."""
+        if self.failures is None or not self.failures.is_dir():
+            return []
+        paths = list(self.failures.glob(f"{self.start or '*'}-rank-*.json"))
+        if self.start is None:
+            paths = [path for path in paths if path.stat().st_mtime >= self._since]
+        found = [Failure(**read_json(path)) for path in sorted(paths)]
+        return sorted((failure for failure in found if failure.rank != self.rank), key=lambda failure: failure.is_echo)
+
+    def dead_peer(self) -> Failure | None:
+        for other, peer in self.peers.items():
+            if process_started(peer.pid) != peer.started:
+                return Failure(
+                    self.rank, f"rank {other} (process {peer.pid}) died {self.at()}", RankLostError.exit_code
+                )
+        return None
+
+    def cause_of(self, error: BaseException) -> Failure:
+        """What broke the connection to the other ranks, as far as it can be known within EVIDENCE_SECONDS."""
+        said = f"rank {self.rank} lost the others {self.at()}: {first_line(error)}"
+        self.announce(Failure(self.rank, said, RankLostError.exit_code, is_echo=True))
+        deadline = time.monotonic() + EVIDENCE_SECONDS
+        while time.monotonic() < deadline:
+            cause = next((failure for failure in self.announced() if not failure.is_echo), self.dead_peer())
+            if cause is not None:
+                return cause
+            time.sleep(0.1)
+        silent = set(range(self.world_size)) - {self.rank} - {failure.rank for failure in self.announced()}
+        who = ", ".join(f"rank {rank}" for rank in sorted(silent)) or "another rank"
+        what = f"{who} did not answer {self.at()}: hanging, stopped or unreachable ({first_line(error)})"
+        return Failure(self.rank, what, RankLostError.exit_code)
+
+    def at(self) -> str:
+        return f"at step {self.step}" if self.step else "before the first step"
+
+
+def breaks_connection(error: BaseException) -> bool:
+    """Whether an exception is torch.distributed's way to say that another rank is gone."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out"))
+
+
+def fail(error: BaseException, world: World) -> None:
+    """End this process with an error, without waiting for ranks that may be stuck in a collective.
+
+    Most errors meet every rank alike. The others give rank 0 time to speak and the launcher time to end them, so that
+    the error is shown once; what befell them alone they then say themselves.
+    """
+    trace, rank = "", world.rank
+    if isinstance(error, AbbaError):
+        line, failure = str(error), Failure(rank, f"rank {rank} failed {world.at()}: {error}", error.exit_code)
+    elif world.world_size > 1 and breaks_connection(error):
+        cause = world.cause_of(error)
+        code = cause.exit_code if cause.exit_code > 1 else RankLostError.exit_code
+        line, failure = str(RankLostError(cause.what)), Failure(rank, cause.what, code, cause.rank != rank)
+    else:
+        trace = "".join(traceback.format_exception(error))
+        line = f"rank {rank} failed {world.at()}: {type(error).__name__}: {first_line(error)}"
+        failure = Failure(rank, line, 1)
+    world.announce(failure)
+    if rank > 0:
+        time.sleep(OTHERS_SPEAK_SECONDS)
+    print(f"{trace}{f'[rank {rank}] ' if rank else ''}{line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failure.exit_code)

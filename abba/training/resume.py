@@ -1,0 +1,203 @@
+"""Where a run goes on: its newest valid checkpoint, if what decides the numbers is still the same."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abba.adapter.config import AdapterConfig
+from abba.adapter.initialize import Factors, seed_for
+from abba.adapter.inject import factor_shapes
+from abba.checkpoint.format import MANIFEST, CheckpointState, ShardReader, list_checkpoints, read_state
+from abba.errors import CheckpointError, RecipeError
+from abba.sharded.checkpoint import newest_valid_together, restore_random_state
+from abba.sharded.initialize import starting_factors
+from abba.sharded.ranks import Ranks
+from abba.storage import hash_file
+
+SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
+# What changes what is shown or when it is saved, not what is computed.
+BYSTANDERS = ("logging_steps", "eval_steps", "per_device_eval_batch_size", "ddp_timeout")
+WEIGHTS = "model.weights"  # a checksum that is known once the base is loaded
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A verified checkpoint to continue from."""
+
+    directory: Path
+    state: CheckpointState
+
+
+def fingerprint(recipe: Mapping[str, Any], tokens: Path, base: Path) -> dict[str, Any]:
+    """What decides the numbers of a run: batch, data, base, adapter, software; never accumulation or world size.
+
+    Data and base are known by their content, so that they may move: the hash of the tokens, that of the base's
+    config.json, and, added once it is loaded, the checksum of its weights.
+    """
+    model = {key: value for key, value in recipe["model"].items() if key not in ("name_or_path", "revision")}
+    return {
+        "train": {key: value for key, value in recipe["train"].items() if key not in BYSTANDERS},
+        "data": {"tokens": hash_file(tokens).sha256, "eval_rows": recipe["data"]["eval_rows"]},
+        "adapter": recipe["adapter"],
+        "model": {**model, "config": hashlib.sha256((base / "config.json").read_bytes()).hexdigest()},
+        "software": {name: importlib.metadata.version(name) for name in SOFTWARE},
+    }
+
+
+def find_resume_point(
+    resume: str, strict: bool, root: Path, ranks: Ranks, device: torch.device, say: Callable[[str], None]
+) -> ResumePoint | None:
+    """The newest valid checkpoint of `root`, else of the other run or the checkpoint that `resume` names. Collective.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them verifies; or with `strict`, the newest does not.
+    """
+    if resume == "never":
+        return None
+    candidates, where = list_checkpoints(root), root
+    if resume != "auto":
+        if root.resolve() in (Path(resume).resolve(), *Path(resume).resolve().parents):
+            raise RecipeError(
+                f"checkpoint.resume: {resume} lies in this run's own output_dir, whose newest checkpoint is continued "
+                "anyway; to go back to an older one, give a new output_dir"
+            )
+        if candidates:
+            say(f"checkpoint: {root} has checkpoints of its own; checkpoint.resume={resume} was for the first start")
+        else:
+            candidates, where = _checkpoints_at(Path(resume)), Path(resume)
+
+    def passed_over(line: str) -> None:
+        if strict:
+            raise CheckpointError(f"{line.removeprefix('checkpoint: WARNING: passed over ')}; checkpoint.strict is set")
+        say(line)
+
+    directory = newest_valid_together(candidates, ranks, device, passed_over)
+    if directory is not None:
+        state = read_state(directory)
+        say(f"checkpoint: continuing from {directory}, step {state.step}, saved by {state.world_size} rank(s)")
+        return ResumePoint(directory, state)
+    if candidates:
+        raise CheckpointError(
+            f"{where}: none of its {len(candidates)} checkpoints is valid; to start over, set checkpoint.resume=never "
+            "and overwrite_output_dir=true"
+        )
+    return None
+
+
+def refuse_changes(
+    point: ResumePoint, now: Mapping[str, Any], allowed: list[str], steps: int, say: Callable[[str], None]
+) -> None:
+    """Compare fingerprints. The checksum of the weights is compared once `now` has it.
+
+    Raises:
+        CheckpointError: names each field that differs and is not allowed to; or the checkpoint is past the last step.
+        RecipeError: `allowed` names a field that does not exist.
+    """
+    current, saved = dict(_flat(now)), dict(_flat(point.state.fingerprint))
+    known = current.keys() | saved.keys()
+    for name in allowed:
+        if not any(_covers(name, field) for field in known):
+            raise RecipeError(f"checkpoint.allow_changed: no field {name!r}; there are {', '.join(sorted(known))}")
+    different = [field for field in sorted(known) if current.get(field) != saved.get(field)]
+    if WEIGHTS not in current:  # not loaded yet
+        different = [field for field in different if field != WEIGHTS]
+    refused = []
+    for field in different:
+        change = f"{field} was {_short(saved.get(field))}, is {_short(current.get(field))}"
+        if any(_covers(name, field) for name in allowed):
+            say(f"checkpoint: {change}, as checkpoint.allow_changed allows")
+        else:
+            refused.append(change)
+    if refused:
+        raise CheckpointError(
+            f"{point.directory}: belongs to another run: {'; '.join(refused)}; set it back, choose another output_dir, "
+            "or list the field in checkpoint.allow_changed"
+        )
+    if point.state.step > steps:
+        raise CheckpointError(f"{point.directory}: is past the last of {steps} steps; choose another output_dir")
+
+
+@contextmanager
+def starting_point(
+    point: ResumePoint | None,
+    targets: Mapping[str, nn.Linear],
+    adapter: AdapterConfig,
+    seed: int,
+    init_from: str | None,
+    ranks: Ranks,
+) -> Iterator[tuple[dict[str, Factors], Callable[[str, str, int, int], Tensor]]]:
+    """(factors to inject, how to read slices of the training state), see `start_engine`. Collective.
+
+    From a checkpoint no rank reads more than its slices: it injects ones, which the engine replaces.
+
+    Raises:
+        CheckpointError: the checkpoint's tensors are not those of the targets.
+    """
+    if point is None:
+        factors = starting_factors(targets, adapter, seed, init_from, ranks)
+
+        def read(kind: str, name: str, start: int, stop: int) -> Tensor:
+            module, _, factor = name.rpartition(".")
+            return getattr(factors[module], factor).flatten()[start:stop]
+
+        yield factors, read
+        return
+    device = next(iter(targets.values())).weight.device
+    placeholders = {
+        name: Factors(*(torch.ones(shape, device=device) for shape in factor_shapes(linear, adapter)))
+        for name, linear in targets.items()
+    }
+    needed = {f"{m}.{f}": tuple(t.shape) for m, four in placeholders.items() for f, t in four._asdict().items()}
+    if needed != point.state.tensors:
+        wrong = sorted(needed.items() ^ point.state.tensors.items())[0][0]
+        raise CheckpointError(f"{point.directory}: {wrong} is not as this base and adapter need it")
+    with ShardReader(point.directory, point.state) as reader:
+        yield placeholders, reader.read_range
+
+
+def continue_random_streams(
+    point: ResumePoint, seed: int, ranks: Ranks, device: torch.device, say: Callable[[str], None]
+) -> None:
+    """Dropout goes on where it stopped; at another world size, where no rank is the same, it starts anew."""
+    if not restore_random_state(point.directory, point.state, ranks, device):
+        torch.manual_seed(seed_for(f"rank {ranks.rank} of {ranks.world_size}, step {point.state.step}", seed))
+        say(
+            f"checkpoint: {point.state.world_size} rank(s) then, {ranks.world_size} now: the same rows in the same "
+            "order; sums are rounded in another order, and dropout draws anew where the base has any"
+        )
+
+
+def _checkpoints_at(path: Path) -> list[Path]:
+    if (path / MANIFEST).is_file():
+        return [path]
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not found:
+        raise CheckpointError(
+            f"checkpoint.resume: {path} is neither a checkpoint nor a run that has one; "
+            "write auto, never, or such a path"
+        )
+    return found
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _covers(name: str, field: str) -> bool:
+    return field == name or field.startswith(f"{name}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:24]}..."

@@ -1,0 +1,120 @@
+"""Requests to stop, and the end of a rank that can do nothing more for its run.
+
+A thread, because the main one may be stuck in a collective where no Python runs. SIGTERM and SIGUSR1 ask for a stop:
+the loop agrees on it at the next step boundary, saves and exits with 75. At once ends (71) a rank that is asked twice,
+that finds no boundary in time, or whose peer or launcher is gone: nobody may wait for the dead. Files are written under
+another name and renamed, so this leaves nothing half-written.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from abba.errors import AbbaError, PreemptedError, RankLostError
+from abba.training.failures import Failure, World
+from abba.training.processes import launchers_above, process_started
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+POLL_SECONDS = 0.5
+FOLLOW_SECONDS = 3  # the main thread's own error says more than ours; it has so long to end by itself
+DEAD_PEER_SECONDS = 6
+# A launcher passes on a signal that the terminal or the batch system has sent to its ranks as well.
+SAME_REQUEST_SECONDS = 2
+
+
+class Watch:
+    """The watch of one rank over itself."""
+
+    def __init__(self, world: World, before_exit: Callable[[], None]) -> None:
+        self.requested = 0  # the signal that asked the loop for a stop
+        self._world, self._before_exit = world, before_exit
+        self._grace: float | None = None  # set while the loop looks at `requested`
+        self._asked_at, self._troubled_since = 0.0, 0.0
+        self._launchers = launchers_above()
+        self._ended = False
+
+    @contextmanager
+    def of_steps(self, grace_seconds: float) -> Iterator[None]:
+        """Around the loop, which looks at `requested` at every step and saves before it ends."""
+        self._grace = grace_seconds
+        yield
+        self._grace = None
+
+    def start(self) -> None:
+        """Called in the main thread, once."""
+        self._read, write = os.pipe()
+        os.set_blocking(write, False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # written at once, whatever the main thread does
+        threading.Thread(target=self._run, daemon=True, name="watch").start()
+
+    def stop(self) -> None:
+        """From now on this rank ends by itself, and at once when the launcher says so. Called in the main thread."""
+        self._ended = True
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    def _run(self) -> None:
+        while not self._ended:
+            ready, _, _ = select.select([self._read], [], [], POLL_SECONDS)
+            for number in os.read(self._read, 64) if ready else b"":
+                if number in STOP_SIGNALS and not self._ended:
+                    self._asked(signal.Signals(number))
+            self._look()
+
+    def _asked(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self._grace is None:
+            self._end(
+                PreemptedError(f"{number.name} outside the training steps; start the same command again to continue")
+            )
+        elif not self.requested:
+            self.requested, self._asked_at = number, now
+        elif now - self._asked_at > SAME_REQUEST_SECONDS:
+            self._end(RankLostError(f"a second {number.name} during step {self._world.step}: ended without saving"))
+
+    def _look(self) -> None:
+        for pid, started in self._launchers.items():
+            if process_started(pid) != started:
+                self._end(RankLostError(f"the launcher (process {pid}) is gone {self._world.at()}"))
+        asked_for = time.monotonic() - self._asked_at
+        if self.requested and self._grace is not None and asked_for > self._grace:
+            self._end(
+                RankLostError(
+                    f"step {self._world.step} did not end within checkpoint.grace_seconds={self._grace} of "
+                    f"{signal.Signals(self.requested).name}: ended without saving"
+                )
+            )
+        dead = self._world.dead_peer()
+        others = self._world.announced()
+        if dead is None and not others:
+            self._troubled_since = 0.0
+            return
+        self._troubled_since = self._troubled_since or time.monotonic()
+        trouble = others[0] if others else dead
+        if time.monotonic() - self._troubled_since > (FOLLOW_SECONDS if others else DEAD_PEER_SECONDS):
+            self._end(_as_error(trouble), announce=not others)
+
+    def _end(self, error: AbbaError, announce: bool = False) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        if announce:
+            self._world.announce(Failure(self._world.rank, error.reason, error.exit_code))
+        self._before_exit()
+        rank = self._world.rank
+        print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+
+def _as_error(failure: Failure) -> AbbaError:
+    error = RankLostError(failure.what)
+    if failure.exit_code > 1:
+        error.exit_code = failure.exit_code
+    return error
