@@ -63,11 +63,15 @@ class World:
         self.start = everyone[0]["start"]
 
     def announce(self, failure: Failure) -> None:
-        if self.start is not None and self.failures.parent.is_dir():
+        if self.start is None:
+            return
+        final = self.failures / f"{self.start}-rank-{failure.rank:05d}.json"
+        try:
             self.failures.mkdir(exist_ok=True)
-            final = self.failures / f"{self.start}-rank-{failure.rank:05d}.json"
             write_json(final.with_suffix(".tmp"), failure.__dict__)
             final.with_suffix(".tmp").replace(final)
+        except OSError as error:  # a full disk, perhaps the very failure; the others then time out or are ended
+            print(f"rank {failure.rank}: WARNING: cannot tell the other ranks: {error}", file=sys.stderr)
 
     def announced(self) -> list[Failure]:
         """Failures of other ranks of this start; until its name is known, since this process began. Causes first."""

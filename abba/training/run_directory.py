@@ -27,6 +27,7 @@ from abba.training.run_lock import RunLock
 
 STARTS = 3  # in a row that may end without a new checkpoint
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # an fp32 master and two moments
+SMALL_FILES_BYTES = 1_000_000  # headers, state, metrics
 SHARED_WITHIN_SECONDS = 120
 
 
@@ -97,7 +98,8 @@ class RunDirectory:
             saves: how many are still to come; `keep` + 1 checkpoints exist while the oldest is being replaced.
         """
         more = max(1, min(saves, keep + 1 - len(list_checkpoints(self.checkpoints))))
-        needed, free = parameters * (more * CHECKPOINT_BYTES_PER_PARAMETER + 4), free_bytes(self.path)
+        needed = parameters * (more * CHECKPOINT_BYTES_PER_PARAMETER + 4) + SMALL_FILES_BYTES
+        free = free_bytes(self.path)
         if free < needed:
             raise CheckpointError(
                 f"output_dir {self.path}: no space: {more} checkpoints and the adapter need {in_gb(needed)}, "
@@ -151,9 +153,11 @@ def wait_for(path: Path) -> None:
     """
     started = time.monotonic()
     while not path.exists():
-        if time.monotonic() - started > SHARED_WITHIN_SECONDS and not path.parent.is_dir():
+        if time.monotonic() - started > SMALL_FILES_BYTES = 1_000_000  # headers, state, metrics
+SHARED_WITHIN_SECONDS and not path.parent.is_dir():
             raise CheckpointError(
-                f"{path.parent}: rank 0 made it {SHARED_WITHIN_SECONDS} s ago and it is not here; "
+                f"{path.parent}: rank 0 made it {SMALL_FILES_BYTES = 1_000_000  # headers, state, metrics
+SHARED_WITHIN_SECONDS} s ago and it is not here; "
                 "put output_dir on storage that all nodes share"
             )
         time.sleep(0.2)
