@@ -1,0 +1,233 @@
+"""DeepSpeed's own checkpoints that are damaged, incomplete or mixed: refused in one line that names the file."""
+
+import os
+import random
+import shutil
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from abba.checkpoint.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed_checkpoint
+from tests.checkpoint.tamper import MODEL, OPTIM, TAG, copied, edit, refused, set_in
+
+
+def reshaped(size):
+    def change(content):
+        group = content["param_shapes"][0]
+        group[next(iter(group))] = size
+
+    return change
+
+
+def moments(step):
+    def change(content):
+        for state in content["optimizer_state_dict"]["optimizer_state_dict"]["state"].values():
+            state["step"] = torch.tensor(step)
+
+    return change
+
+
+def first_flat(change):
+    return set_in("optimizer_state_dict", "fp32_flat_groups", 0, to=lambda flat: change(flat.detach().clone()))
+
+
+def with_nan(flat):
+    flat[0] = float("nan")
+    return flat
+
+
+def with_infinity(flat):
+    flat[1] = float("-inf")
+    return flat
+
+
+ALL = "both ranks"
+EDITS = {
+    "step of one model file": (MODEL, 1, set_in("global_steps", to=lambda _: 3), "of step 3"),
+    "step as text": (MODEL, 1, set_in("global_steps", to=lambda _: "2"), "global_steps is '2'"),
+    "step negative": (MODEL, 0, set_in("global_steps", to=lambda _: -1), "global_steps is -1"),
+    "step of one optimizer": (OPTIM, 1, moments(1.0), "of optimizer step 1"),
+    "optimizer ahead of the model": (OPTIM, ALL, moments(4.0), "of optimizer step 4"),
+    "step of an optimizer NaN": (OPTIM, 1, moments(float("nan")), "of optimizer step nan"),
+    "world of one model file": (MODEL, 1, set_in("dp_world_size", to=lambda _: 4), "was saved by 4 ranks"),
+    "world of one optimizer": (
+        OPTIM,
+        1,
+        set_in("optimizer_state_dict", "partition_count", to=lambda _: 4),
+        "by 4 ranks",
+    ),
+    "world as truth": (OPTIM, 0, set_in("optimizer_state_dict", "partition_count", to=lambda _: True), "is True"),
+    "world as list": (OPTIM, 0, set_in("optimizer_state_dict", "partition_count", to=lambda _: [2, 2]), "is [2, 2]"),
+    "world of a billion": (MODEL, 0, set_in("dp_world_size", to=lambda _: 10**9), "by 1000000000 ranks"),
+    "stage 1": (OPTIM, 0, set_in("optimizer_state_dict", "zero_stage", to=lambda _: 1), "stage 1"),
+    "no optimizer state": (OPTIM, 0, set_in("optimizer_state_dict", to=lambda _: None), "NoneType, not dict"),
+    "one shape": (MODEL, 1, reshaped(torch.Size([5, 5])), "other parameters or shapes"),
+    "all shapes": (MODEL, ALL, reshaped(torch.Size([5, 5])), "in group 0"),
+    "a shape of 10**30": (MODEL, ALL, reshaped((10**15, 10**15)), "in group 0"),
+    "a shape of text": (MODEL, 0, reshaped(("5",)), "has the shape ('5',)"),
+    "a negative shape": (MODEL, 0, reshaped((-5, -5)), "has the shape (-5, -5)"),
+    "a shape of zero": (MODEL, 0, reshaped((0, 10**15)), "has the shape"),
+    "a name that is none": (MODEL, 0, set_in("param_shapes", 0, to=lambda _: {7: (1,)}), "parameter 7"),
+    "a name of two lines": (MODEL, 0, set_in("param_shapes", 0, to=lambda _: {"a\nb": (-1,)}), "'a\\nb'"),
+    "shapes missing": (MODEL, 0, set_in("param_shapes", to=lambda _: None), "param_shapes is NoneType"),
+    "a group of shapes fewer": (MODEL, ALL, set_in("param_shapes", to=lambda groups: groups[:-1]), "group 3"),
+    "order of the parameters": (
+        MODEL,
+        1,
+        set_in("param_shapes", 2, to=lambda group: OrderedDict(reversed(group.items()))),
+        "other parameters",
+    ),
+    "frozen shapes": (MODEL, 1, set_in("frozen_param_shapes", to=lambda _: {}), "other frozen"),
+    "masters shorter": (OPTIM, 1, first_flat(lambda flat: flat[:-1].clone()), "in group 0"),
+    "masters on NVMe": (OPTIM, 1, first_flat(lambda flat: flat[:0].clone()), "NVMe"),
+    "masters of integers": (OPTIM, 1, first_flat(lambda flat: flat.long()), "torch.int64"),
+    "masters not flat": (OPTIM, 1, first_flat(lambda flat: flat[None]), "not one flat row"),
+    "masters sparse": (OPTIM, 1, first_flat(lambda flat: flat.to_sparse()), "no plain tensor"),
+    "masters on meta": (OPTIM, 1, first_flat(lambda flat: flat.to("meta")), "no plain tensor"),
+    "masters as numbers": (OPTIM, 1, first_flat(lambda flat: flat.tolist()), "is not what DeepSpeed"),
+    "masters not listed": (OPTIM, 1, set_in("optimizer_state_dict", "fp32_flat_groups", to=tuple), "tuple, not list"),
+    "NaN": (OPTIM, 1, first_flat(with_nan), "NaN or infinite"),
+    "infinity": (OPTIM, 0, first_flat(with_infinity), "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_does_not_fit_together_is_refused_by_name(saved, tmp_path, name):
+    pattern, ranks, change, words = EDITS[name]
+    directory = copied(saved(2), tmp_path)
+    for rank in range(2) if ranks == ALL else [ranks]:
+        edit(directory / pattern.format(rank), change)
+    message = refused(directory)
+    named = directory / pattern.format(0 if ranks == ALL else ranks)
+    assert words in message and (named.name if ranks == ALL else str(named)) in message, message
+
+
+def test_an_unedited_rewrite_is_read(saved, tmp_path):
+    """Else every edit above would be refused for having been rewritten."""
+    directory = copied(saved(2), tmp_path)
+    for path in directory.glob("*.pt"):
+        edit(path, lambda content: None)
+    assert len(DeepSpeedCheckpoint(directory).tensors) == 7
+
+
+def test_a_new_optimizer_may_lag_behind_the_model(saved, tmp_path):
+    directory = copied(saved(2), tmp_path)
+    for rank in range(2):
+        edit(directory / OPTIM.format(rank), moments(1.0))
+    assert DeepSpeedCheckpoint(directory).step == 2
+
+
+@pytest.mark.parametrize("pattern", [OPTIM, MODEL])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_missing_extra_and_foreign_ranks_are_named(saved, tmp_path, pattern, rank):
+    victim, other = pattern.format(rank), pattern.format(1 - rank)
+    directory = copied(saved(2), tmp_path)
+    whole = {name: (directory / name).read_bytes() for name in (victim, other)}
+
+    (directory / victim).unlink()
+    assert f"{directory / victim}: is missing" in refused(directory)
+    (directory / victim).mkdir()
+    assert f"{directory / victim}: is no file" in refused(directory)
+    (directory / victim).rmdir()
+    os.mkfifo(directory / victim)
+    assert f"{directory / victim}: is no file" in refused(directory)
+    (directory / victim).unlink()
+
+    (directory / victim).write_bytes(whole[other])  # swapped or copied
+    assert f"{directory / victim}: " in (message := refused(directory)) and "renamed" in message
+    (directory / victim).write_bytes((saved(4) / "fp32/saved" / TAG / victim).read_bytes())
+    assert "4 ranks" in (message := refused(directory)) and str(directory) in message
+    (directory / victim).write_bytes(whole[victim])
+
+    shutil.copy(saved(4) / "fp32/saved" / TAG / pattern.format(2), directory)
+    assert f"{directory / pattern.format(2)}: is of no rank" in refused(directory)
+    (directory / pattern.format(2)).rename(directory / f"bf16_{victim}")
+    assert "second file of rank" in refused(directory)
+    (directory / f"bf16_{victim}").rename(directory / victim.replace("mp_rank_00", "mp_rank_01"))
+    assert "model-parallel" in refused(directory)
+    (directory / victim.replace("mp_rank_00", "mp_rank_01")).unlink()
+    assert DeepSpeedCheckpoint(directory).world_size == 2
+
+
+@pytest.mark.parametrize("pattern", [OPTIM, MODEL])
+def test_truncated_and_garbage_files_are_named(saved, tmp_path, pattern):
+    directory = copied(saved(2), tmp_path)
+    path = directory / pattern.format(1)
+    data = path.read_bytes()
+    empty = zipfile.ZipFile(tmp_path / "empty.zip", "w")
+    empty.close()
+    other = tmp_path / "other.zip"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr(f"{path.stem}/data.pkl", b"\x80\x02}q\x00.")
+    packed = tmp_path / "packed.zip"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for record in source.infolist():
+            archive.writestr(record.filename, source.read(record))
+    damaged = [data[:n] for n in (0, 1, 64, len(data) // 2, len(data) - 1)]
+    damaged += [b"PK\x03\x04" + b"\0" * 4000, random.Random(0).randbytes(5000)]
+    damaged += [(tmp_path / name).read_bytes() for name in ("empty.zip", "other.zip", "packed.zip")]
+    for content in damaged:
+        path.write_bytes(content)
+        assert str(path) in refused(directory)
+    path.write_bytes(data)
+    assert len(DeepSpeedCheckpoint(directory).tensors) == 7
+
+
+def test_every_flipped_bit_of_the_masters_is_noticed(saved, tmp_path):
+    directory = copied(saved(2), tmp_path)
+    path = directory / OPTIM.format(1)
+    data = path.read_bytes()
+    masters = torch.load(path, weights_only=False)["optimizer_state_dict"]["fp32_flat_groups"]
+    for group in masters:
+        place = data.index(group.detach().numpy().tobytes())
+        flipped = bytearray(data)
+        flipped[place + group.nbytes // 2] ^= 4
+        path.write_bytes(flipped)
+        assert str(path) in (message := refused(directory)) and "CRC" in message
+
+
+def test_stage_2_is_refused_for_being_stage_2(saved):
+    assert "ZeRO stage 2" in refused(saved(2) / "stage2/saved")
+
+
+@pytest.mark.parametrize(
+    "latest",
+    ["../out", "/tmp", "", ".", "..", "a/../../out", "a/b", "a..b", "-rf", "a\nb", "a\0b", "é", "x" * 300, "gone"],
+)
+def test_latest_cannot_lead_out_of_the_directory(saved, tmp_path, latest):
+    directory = copied(saved(2), tmp_path).parent
+    shutil.copytree(directory / TAG, tmp_path / "out")
+    (directory / "latest").write_text(latest)
+    assert str(directory / "latest") in refused(directory)
+    assert not is_deepspeed_checkpoint(directory)
+
+
+def test_latest_that_is_a_link_garbage_or_absent(saved, tmp_path):
+    directory = copied(saved(2), tmp_path).parent
+    shutil.copytree(directory / TAG, tmp_path / "out")
+    (directory / "linked").symlink_to(tmp_path / "out")
+    (directory / "latest").write_text("linked\n")
+    assert "is a link out of" in refused(directory)
+    (directory / "latest").write_bytes(b"\xff\xfe")
+    assert str(directory / "latest") in refused(directory)
+    (directory / "latest").write_text(TAG + "\n")
+    assert DeepSpeedCheckpoint(directory).directory == directory / TAG
+    (directory / "latest").unlink()
+    assert str(directory) in refused(directory) and not is_deepspeed_checkpoint(directory)
+    assert str(tmp_path / "gone") in refused(tmp_path / "gone") and not is_deepspeed_checkpoint(tmp_path / "gone")
+
+
+def test_two_names_that_become_one_are_refused(saved, tmp_path):
+    directory = copied(saved(2), tmp_path)
+
+    def rename(content):
+        for group in content["param_shapes"]:
+            for name in ("module.abba.A1", "module.abba.A2"):
+                if name in group:
+                    group[{"module.abba.A1": "abba.A2"}.get(name, name)] = group.pop(name)
+
+    for rank in range(2):
+        edit(directory / MODEL.format(rank), rename)
+    assert "lists 'abba.A2' twice" in refused(directory)
