@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from abba.checkpoint.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed_checkpoint
-from tests.checkpoint.tamper import MODEL, OPTIM, TAG, copied, edit, refused, set_in
+from tests.checkpoint.tamper import MODEL, OPTIM, TAG, copied, edit, read_all, refused, set_in
 
 
 def reshaped(size):
@@ -72,11 +72,11 @@ EDITS = {
     "a name that is none": (MODEL, 0, set_in("param_shapes", 0, to=lambda _: {7: (1,)}), "parameter 7"),
     "a name of two lines": (MODEL, 0, set_in("param_shapes", 0, to=lambda _: {"a\nb": (-1,)}), "'a\\nb'"),
     "shapes missing": (MODEL, 0, set_in("param_shapes", to=lambda _: None), "param_shapes is NoneType"),
-    "a group of shapes fewer": (MODEL, ALL, set_in("param_shapes", to=lambda groups: groups[:-1]), "group 3"),
+    "a group of shapes fewer": (MODEL, ALL, set_in("param_shapes", to=lambda groups: groups[:-1]), "group 4"),
     "order of the parameters": (
         MODEL,
         1,
-        set_in("param_shapes", 2, to=lambda group: OrderedDict(reversed(group.items()))),
+        set_in("param_shapes", 3, to=lambda group: OrderedDict(reversed(group.items()))),
         "other parameters",
     ),
     "frozen shapes": (MODEL, 1, set_in("frozen_param_shapes", to=lambda _: {}), "other frozen"),
@@ -117,6 +117,22 @@ def test_a_new_optimizer_may_lag_behind_the_model(saved, tmp_path):
     for rank in range(2):
         edit(directory / OPTIM.format(rank), moments(1.0))
     assert DeepSpeedCheckpoint(directory).step == 2
+
+
+def test_stored_attributes_that_hide_methods_change_nothing(saved, tmp_path):
+    def hide_group(content):
+        content["param_shapes"][0].get = content["param_shapes"][0].keys = content["param_shapes"][0].values = 5
+
+    def hide_flat(flat):
+        flat.detach = flat.numel = flat.__getitem__ = 5
+        return flat
+
+    directory = copied(saved(2), tmp_path)
+    expected = read_all(directory)
+    for rank in range(2):
+        edit(directory / MODEL.format(rank), hide_group)
+        edit(directory / OPTIM.format(rank), first_flat(hide_flat))
+    assert all(torch.equal(value, expected[name]) for name, value in read_all(directory).items())
 
 
 @pytest.mark.parametrize("pattern", [OPTIM, MODEL])
