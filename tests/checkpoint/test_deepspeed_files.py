@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from abba.checkpoint.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed_checkpoint
 from tests.checkpoint.conftest import CASES, MORE_CASES
-from tests.checkpoint.tamper import MODEL, OPTIM, TAG, copied, edit, set_in
+from tests.checkpoint.tamper import MODEL, OPTIM, TAG, copied, edit, read_all, set_in
 from tests.warm import ROOT
 
 
@@ -67,6 +67,16 @@ def test_masters_in_a_narrower_type_become_fp32(saved, tmp_path):
     with DeepSpeedCheckpoint(directory) as checkpoint:
         for name, value in expected.items():
             assert torch.equal(checkpoint.read(name), value) and checkpoint.read(name).dtype == torch.float32
+
+
+def test_masters_saved_on_gpus_are_read_without_one(saved, tmp_path, monkeypatch):
+    directory = copied(saved(2), tmp_path)
+    expected = read_all(directory)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:1")
+    for path in directory.glob("*.pt"):
+        edit(path, lambda content: None)
+        assert b"cuda:1" in path.read_bytes()
+    assert all(torch.equal(value, expected[name]) for name, value in read_all(directory).items())
 
 
 def test_a_closed_checkpoint_reads_nothing(saved):
