@@ -180,7 +180,9 @@ def _flat(stored: Any) -> Tensor:
 
 
 def _optimizer_steps(state: Any) -> tuple[float, ...]:
-    """What the optimizer has counted, if anything: Adam of torch per group of masters, of Apex per parameter group."""
-    inner = _field(state, "optimizer_state_dict", dict)
-    entries = [*dict.values(_field(inner, "state", dict)), *_field(inner, "param_groups", list)]
-    return tuple(sorted({float(entry["step"]) for entry in entries if "step" in entry}))
+    """How often the optimizer has updated each group of masters, where it counts that, as every Adam does.
+
+    Counters in `param_groups` mean something else: DeepSpeed calls the optimizer once per group of masters.
+    """
+    counted = dict.values(_field(_field(state, "optimizer_state_dict", dict), "state", dict))
+    return tuple(sorted({float(entry["step"]) for entry in counted if "step" in entry}))

@@ -82,6 +82,12 @@ EDITS = {
     ),
     "frozen shapes": (MODEL, 1, set_in("frozen_param_shapes", to=lambda _: {}), "other frozen"),
     "masters shorter": (OPTIM, 1, first_flat(lambda flat: flat[:-1].clone()), "in group 0"),
+    "a group of masters fewer": (
+        OPTIM,
+        1,
+        set_in("optimizer_state_dict", "fp32_flat_groups", to=lambda groups: groups[:-1]),
+        "group 4",
+    ),
     "masters on NVMe": (OPTIM, 1, first_flat(lambda flat: flat[:0].clone()), "NVMe"),
     "masters of integers": (OPTIM, 1, first_flat(lambda flat: flat.long()), "torch.int64"),
     "masters not flat": (OPTIM, 1, first_flat(lambda flat: flat[None]), "not one flat row"),
@@ -113,8 +119,12 @@ def test_an_unedited_rewrite_is_read(saved, tmp_path):
     assert len(DeepSpeedCheckpoint(directory).tensors) == 7
 
 
-def test_a_new_optimizer_may_lag_behind_the_model(saved, tmp_path):
+def test_an_optimizer_may_lag_behind_the_model_and_count_calls(saved, tmp_path):
+    def count_calls(content):
+        content["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"][0]["step"] = 10
+
     directory = copied(saved(2), tmp_path)
+    edit(directory / OPTIM.format(0), count_calls)
     for rank in range(2):
         edit(directory / OPTIM.format(rank), moments(1.0))
     assert DeepSpeedCheckpoint(directory).step == 2
@@ -258,7 +268,8 @@ def test_stage_2_is_refused_for_being_stage_2(saved):
 )
 def test_latest_cannot_lead_out_of_the_directory(saved, tmp_path, latest):
     directory = copied(saved(2), tmp_path).parent
-    shutil.copytree(directory / TAG, tmp_path / "out")
+    for reachable in (tmp_path / "out", directory / "a/b", directory / "a..b", directory / "-rf", directory / "é"):
+        shutil.copytree(directory / TAG, reachable)
     (directory / "latest").write_text(latest)
     assert str(directory / "latest") in refused(directory)
     assert not is_deepspeed_checkpoint(directory)
