@@ -1,6 +1,7 @@
 """DeepSpeed's own checkpoints: what the engine gathers comes back bit for bit, mapped and not copied."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from abba.checkpoint.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed_checkpoint
 from tests.checkpoint.conftest import CASES, MORE_CASES
-from tests.checkpoint.tamper import MODEL, OPTIM, TAG, copied, edit, read_all, set_in
+from tests.checkpoint.tamper import MODEL, OPTIM, TAG, copied, edit, read_all, refused, set_in
 from tests.warm import ROOT
 
 
@@ -86,6 +87,34 @@ def test_a_closed_checkpoint_reads_nothing(saved):
         checkpoint.read("gain")
 
 
+@pytest.mark.parametrize(
+    "latest",
+    ["../out", "/tmp", "", ".", "..", "a/../../out", "a/b", "a..b", "-rf", "a\nb", "a\0b", "é", "x" * 300, "gone"],
+)
+def test_latest_cannot_lead_out_of_the_directory(saved, tmp_path, latest):
+    directory = copied(saved(2), tmp_path).parent
+    for reachable in (tmp_path / "out", directory / "a/b", directory / "a..b", directory / "-rf", directory / "é"):
+        shutil.copytree(directory / TAG, reachable)
+    (directory / "latest").write_text(latest)
+    assert str(directory / "latest") in refused(directory)
+    assert not is_deepspeed_checkpoint(directory)
+
+
+def test_latest_that_is_a_link_garbage_or_absent(saved, tmp_path):
+    directory = copied(saved(2), tmp_path).parent
+    shutil.copytree(directory / TAG, tmp_path / "out")
+    (directory / "linked").symlink_to(tmp_path / "out")
+    (directory / "latest").write_text("linked\n")
+    assert "is a link out of" in refused(directory)
+    (directory / "latest").write_bytes(b"\xff\xfe")
+    assert str(directory / "latest") in refused(directory)
+    (directory / "latest").write_text(TAG + "\n")
+    assert DeepSpeedCheckpoint(directory).directory == directory / TAG
+    (directory / "latest").unlink()
+    assert str(directory) in refused(directory) and not is_deepspeed_checkpoint(directory)
+    assert str(tmp_path / "gone") in refused(tmp_path / "gone") and not is_deepspeed_checkpoint(tmp_path / "gone")
+
+
 def anonymous_bytes():
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -94,7 +123,7 @@ def anonymous_bytes():
 
 
 def test_masters_are_mapped_and_not_copied(saved, tmp_path):
-    """384 MB of masters in tensors of 16 MB: a quarter of them at most in memory of our own, what the allocator keeps included."""
+    """403 MB of masters in tensors of 17 MB; the allocator may keep a few of those that were read."""
     directory, rows, count = copied(saved(2), tmp_path), 1 << 22, 24
     shapes = {f"layer.{i}.A1": torch.Size([rows]) for i in range(count)}
     half = rows * count // 2
