@@ -64,9 +64,10 @@ def convert(arguments: argparse.Namespace) -> None:
     import torch
 
     from abba.base_model import find_base
-    from abba.checkpoint.convert import Form, convert_source
+    from abba.checkpoint.convert import Form, convert_source, refuse_overlap
     from abba.checkpoint.source import open_source
 
+    refuse_overlap(arguments.destination, arguments.source, "SRC")
     merged = arguments.format == "merged"
     base = find_base(arguments.base, None, "--base") if merged or (arguments.base and arguments.verify) else None
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None

@@ -56,11 +56,11 @@ def convert_source(
         RecipeError: a rank that the adapter cannot have.
         CheckpointError: see `write_adapter` and `write_merged`; nothing is written then.
     """
-    _refuse_overlap(destination, source.directory, "the checkpoint")
+    refuse_overlap(destination, source.directory, "the checkpoint")
     if source.run is not None:
         _refuse_inside(destination, source.run / CHECKPOINTS)
     if form.base is not None:
-        _refuse_overlap(destination, form.base, "the base")
+        refuse_overlap(destination, form.base, "the base")
     refuse_occupied(destination, overwrite)
     description = AdapterDescription(
         source.config, form.format, source.modules, source.base_model, form.rank, provenance=source.provenance
@@ -77,7 +77,8 @@ def convert_source(
     return description, summary
 
 
-def _refuse_overlap(destination: Path, other: Path, what: str) -> None:
+def refuse_overlap(destination: Path, other: Path, what: str) -> None:
+    """Raises CheckpointError when one of the two lies in the other."""
     inner, outer = other.resolve(), destination.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise CheckpointError(f"adapter directory {destination}: overlaps {what} {other}; choose another")
