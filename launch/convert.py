@@ -36,7 +36,8 @@ def parse_arguments() -> argparse.Namespace:
         "--rank", type=int, metavar="K", help="with lora: truncate to rank K; prints the energy it keeps"
     )
     parser.add_argument(
-        "--base", help="the base model, a directory or a Hub name in the cache: for merged, or to compare with --verify"
+        "--base",
+        help="the base model, a directory or a Hub name in the cache: for merged, or to compare with --verify",
     )
     parser.add_argument(
         "--dtype",
@@ -60,13 +61,14 @@ def main() -> int:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    refuse_senseless(arguments)
     import torch
 
     from abba.base_model import find_base
     from abba.checkpoint.convert import Form, convert_source, refuse_overlap
-    from abba.checkpoint.source import open_source
+    from abba.checkpoint.source import open_source, refuse_missing
 
+    refuse_missing(arguments.source)
+    refuse_senseless(arguments)
     refuse_overlap(arguments.destination, arguments.source, "SRC")
     merged = arguments.format == "merged"
     base = find_base(arguments.base, None, "--base") if merged or (arguments.base and arguments.verify) else None
@@ -86,7 +88,7 @@ def refuse_senseless(arguments: argparse.Namespace) -> None:
         raise RecipeError(f"--rank {arguments.rank}: has a meaning for --format lora alone")
     if arguments.format == "merged" and not arguments.base:
         raise RecipeError("--format merged: needs --base, the model to merge into")
-    if arguments.base and not arguments.verify and arguments.format != "merged":
+    if arguments.base and not (arguments.verify or arguments.format == "merged"):
         raise RecipeError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
 
 

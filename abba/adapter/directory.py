@@ -13,7 +13,7 @@ from typing import Any
 
 from abba.adapter.config import AdapterConfig
 from abba.errors import CheckpointError, RecipeError
-from abba.storage import make_directory, publish_directory, read_json, write_json
+from abba.storage import is_there, make_directory, publish_directory, read_json, write_json
 
 WEIGHTS, PEFT_CONFIG, ABBA_CONFIG, CARD = (
     "adapter_model.safetensors",
@@ -93,7 +93,7 @@ def read_description(directory: Path) -> AdapterDescription:
 
 def refuse_occupied(directory: Path, overwrite: bool) -> None:
     """Raises CheckpointError when `directory` holds something that is not an adapter, or is not to be replaced."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if not is_there(directory) or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not (directory / ABBA_CONFIG).is_file():
         raise CheckpointError(f"adapter directory {directory}: holds something that is no adapter; choose another")

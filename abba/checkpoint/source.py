@@ -13,7 +13,7 @@ from abba.adapter.config import AdapterConfig
 from abba.adapter.initialize import Factors
 from abba.checkpoint.format import KINDS, MANIFEST, ShardReader, newest_valid, read_state, verify
 from abba.errors import CheckpointError
-from abba.storage import read_json
+from abba.storage import is_there, read_json
 
 CHECKPOINTS, SCORES = "checkpoints", Path("evaluation") / "scores.json"  # in a run's directory
 
@@ -66,15 +66,21 @@ def find_checkpoint(source: Path, report: Callable[[str], None], strict: bool = 
     Raises:
         CheckpointError: `source` is neither, or holds no valid checkpoint.
     """
+    refuse_missing(source)
     if (source / MANIFEST).is_file():
         verify(source)
         return source
     for root in (source / CHECKPOINTS, source):
         if root.is_dir() and (found := newest_valid(root, _refuse if strict else report)) is not None:
             return found
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: does not exist; give a checkpoint (runs/NAME/checkpoints/step-N) or a run")
     raise CheckpointError(f"{source}: holds no valid checkpoint; give a checkpoint directory or the run that has it")
+
+
+def refuse_missing(source: Path) -> None:
+    """Raises CheckpointError when `source` is no directory."""
+    if not is_there(source) or not source.is_dir():
+        what = "is a file" if is_there(source) else "does not exist"
+        raise CheckpointError(f"{source}: {what}; give a checkpoint (runs/NAME/checkpoints/step-N) or a run")
 
 
 def _refuse(skipped: str) -> None:
@@ -84,8 +90,8 @@ def _refuse(skipped: str) -> None:
 @contextmanager
 def open_source(source: Path, report: Callable[[str], None], strict: bool = False) -> Iterator[FactorSource]:
     """Whatever a user gives: a checkpoint, or a run. See `find_checkpoint`."""
-    with open_checkpoint(find_checkpoint(source, report, strict)) as opened:
-        yield opened
+    with open_checkpoint(find_checkpoint(source, report, strict)) as factors:
+        yield factors
 
 
 @contextmanager
@@ -99,26 +105,6 @@ def open_checkpoint(directory: Path) -> Iterator[FactorSource]:
     with ShardReader(directory, state) as reader:
         read = partial(reader.read, KINDS[0])
         yield FactorSource(directory, state.adapter, state.modules, state.base_model, provenance, read)
-
-
-@contextmanager
-def open_deepspeed(checkpoint: Any, alpha: float, base_model: str | None) -> Iterator[FactorSource]:
-    """A checkpoint that DeepSpeed wrote itself. Ranks and modules follow from its tensors; alpha is not in it.
-
-    Args:
-        checkpoint: a DeepSpeedCheckpoint, which is closed at the end.
-    """
-    with checkpoint:
-        r1, r2, modules = adapter_of(checkpoint.tensors, checkpoint.directory)
-        for module, shape in modules.items():
-            frozen = tuple(checkpoint.frozen.get(f"{module}.weight", shape))
-            if frozen != shape:
-                raise CheckpointError(
-                    f"{checkpoint.directory}: the factors of {module} are for {shape}, its weight is {frozen}"
-                )
-        config = AdapterConfig(r1, r2, alpha, tuple(modules))
-        provenance = {"step": checkpoint.step, "world_size": checkpoint.world_size}
-        yield FactorSource(checkpoint.directory, config, modules, base_model, provenance, checkpoint.read)
 
 
 def adapter_of(shapes: Mapping[str, tuple[int, ...]], directory: Path) -> tuple[int, int, dict[str, tuple[int, int]]]:
