@@ -6,6 +6,7 @@
     python launch/convert.py runs/gsm8k adapters/gsm8k-r64 --format lora --rank 64
     python launch/convert.py runs/gsm8k models/gsm8k --format merged --base meta-llama/Llama-3.1-8B
     python launch/convert.py runs/gsm8k adapters/gsm8k --verify --base meta-llama/Llama-3.1-8B
+    python launch/convert.py deepspeed_output/global_step100 adapters/gsm8k --alpha 24 --base meta-llama/Llama-3.1-8B
 
 Needs neither deepspeed nor a GPU; only --format merged reads the base, tensor by tensor, and only --verify with --base
 loads it, to compare logits.
@@ -23,7 +24,10 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of the largest logit; bf16 ro
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "source", type=Path, metavar="SRC", help="a checkpoint, or a run directory: its newest valid one"
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="a checkpoint, a run directory: its newest valid one, or a ZeRO-3 checkpoint that DeepSpeed wrote itself",
     )
     parser.add_argument("destination", type=Path, metavar="DST", help="the directory to create")
     parser.add_argument(
@@ -37,8 +41,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--base",
-        help="the base model, a directory or a Hub name in the cache: for merged, or to compare with --verify",
+        help="the base model, a directory or a Hub name in the cache: for merged, to compare with --verify, and to "
+        "name the base of DeepSpeed's checkpoints",
     )
+    parser.add_argument("--alpha", type=float, help="of the adapter in a checkpoint of DeepSpeed's; ours know theirs")
     parser.add_argument(
         "--dtype",
         choices=list(TOLERANCE),
@@ -65,16 +71,18 @@ def convert(arguments: argparse.Namespace) -> None:
 
     from abba.base_model import find_base
     from abba.checkpoint.convert import Form, convert_source, refuse_overlap
+    from abba.checkpoint.deepspeed_files import is_deepspeed_checkpoint
     from abba.checkpoint.source import open_source, refuse_missing
 
     refuse_missing(arguments.source)
-    refuse_senseless(arguments)
+    refuse_senseless(arguments, names_base=is_deepspeed_checkpoint(arguments.source))
     refuse_overlap(arguments.destination, arguments.source, "SRC")
     merged = arguments.format == "merged"
     base = find_base(arguments.base, None, "--base") if merged or (arguments.base and arguments.verify) else None
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     form = Form(arguments.format, arguments.rank, dtype, base if merged else None)
-    with open_source(arguments.source, lambda line: print(line, file=sys.stderr), arguments.strict) as source:
+    given = (arguments.strict, arguments.alpha, arguments.base)
+    with open_source(arguments.source, lambda line: print(line, file=sys.stderr), *given) as source:
         description, summary = convert_source(source, arguments.destination, form, arguments.force)
         size = f"{summary.tensors} tensors, {summary.bytes:,} bytes, re-opened"
         print(f"{source.directory} -> {arguments.destination}: {size}")
@@ -83,12 +91,12 @@ def convert(arguments: argparse.Namespace) -> None:
             verify(source, arguments, description, summary, base)
 
 
-def refuse_senseless(arguments: argparse.Namespace) -> None:
+def refuse_senseless(arguments: argparse.Namespace, names_base: bool) -> None:
     if arguments.rank is not None and arguments.format != "lora":
         raise RecipeError(f"--rank {arguments.rank}: has a meaning for --format lora alone")
     if arguments.format == "merged" and not arguments.base:
         raise RecipeError("--format merged: needs --base, the model to merge into")
-    if arguments.base and not (arguments.verify or arguments.format == "merged"):
+    if arguments.base and not (arguments.verify or arguments.format == "merged" or names_base):
         raise RecipeError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from abba.adapter.config import AdapterConfig
 from abba.adapter.initialize import Factors
+from abba.checkpoint.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed_checkpoint
 from abba.checkpoint.format import KINDS, MANIFEST, ShardReader, newest_valid, read_state, verify
-from abba.errors import CheckpointError
+from abba.errors import CheckpointError, RecipeError
 from abba.storage import is_there, read_json
 
 CHECKPOINTS, SCORES = "checkpoints", Path("evaluation") / "scores.json"  # in a run's directory
@@ -88,9 +89,33 @@ def _refuse(skipped: str) -> None:
 
 
 @contextmanager
-def open_source(source: Path, report: Callable[[str], None], strict: bool = False) -> Iterator[FactorSource]:
-    """Whatever a user gives: a checkpoint, or a run. See `find_checkpoint`."""
-    with open_checkpoint(find_checkpoint(source, report, strict)) as factors:
+def open_source(
+    source: Path,
+    report: Callable[[str], None],
+    strict: bool = False,
+    alpha: float | None = None,
+    base_model: str | None = None,
+) -> Iterator[FactorSource]:
+    """Whatever a user gives: a checkpoint of ours, a run, or a checkpoint that DeepSpeed wrote itself.
+
+    Args:
+        report, strict: see `find_checkpoint`.
+        alpha, base_model: what DeepSpeed's do not know; alpha is refused for ours.
+
+    Raises:
+        RecipeError: alpha is missing, or given twice.
+        CheckpointError: `source` is none of them, or damaged.
+    """
+    if is_deepspeed_checkpoint(source):
+        if alpha is None:
+            raise RecipeError(f"{source}: is a checkpoint of DeepSpeed's, which knows no alpha; add --alpha")
+        opened = open_deepspeed(source, alpha, base_model)
+    else:
+        directory = find_checkpoint(source, report, strict)
+        if alpha is not None:
+            raise RecipeError(f"--alpha {alpha:g}: {directory} knows its own; leave it out")
+        opened = open_checkpoint(directory)
+    with opened as factors:
         yield factors
 
 
@@ -105,6 +130,22 @@ def open_checkpoint(directory: Path) -> Iterator[FactorSource]:
     with ShardReader(directory, state) as reader:
         read = partial(reader.read, KINDS[0])
         yield FactorSource(directory, state.adapter, state.modules, state.base_model, provenance, read)
+
+
+@contextmanager
+def open_deepspeed(directory: Path, alpha: float, base_model: str | None) -> Iterator[FactorSource]:
+    """A checkpoint that DeepSpeed wrote itself. Ranks and modules follow from its tensors; alpha is not in it."""
+    with DeepSpeedCheckpoint(directory) as checkpoint:
+        r1, r2, modules = adapter_of(checkpoint.tensors, checkpoint.directory)
+        for module, shape in modules.items():
+            frozen = tuple(checkpoint.frozen.get(f"{module}.weight", shape))
+            if frozen != shape:
+                raise CheckpointError(
+                    f"{checkpoint.directory}: the factors of {module} are for {shape}, its weight is {frozen}"
+                )
+        config = AdapterConfig(r1, r2, alpha, tuple(modules))
+        provenance = {"step": checkpoint.step, "world_size": checkpoint.world_size}
+        yield FactorSource(checkpoint.directory, config, modules, base_model, provenance, checkpoint.read)
 
 
 def adapter_of(shapes: Mapping[str, tuple[int, ...]], directory: Path) -> tuple[int, int, dict[str, tuple[int, int]]]:

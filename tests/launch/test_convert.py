@@ -130,6 +130,7 @@ MERGED = ["--format", "merged", "--base"]
         (lambda m, t: [m, t / "out", "--rank", "4"], 64, "--rank 4: has a meaning for --format lora alone"),
         (lambda m, t: [m, t / "out", "--format", "lora", "--rank", "17"], 64, "is not between 1 and r1*r2 = 16"),
         (lambda m, t: [m, t / "out", "--base", str(TINY)], 64, "is used by --verify alone"),
+        (lambda m, t: [m, t / "out", "--alpha", "16"], 64, "--alpha 16: "),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line_and_leave_nothing(convert, made, tmp_path, arguments, code, expected):
