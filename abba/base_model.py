@@ -24,8 +24,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def find_base(name_or_path: str, revision: str | None) -> Path:
-    """The directory of a base model: as given, or its snapshot in the Hub cache.
+def find_base(name_or_path: str, revision: str | None, setting: str = "model.name_or_path") -> Path:
+    """The directory of a base model: as given, or its snapshot in the Hub cache. `setting`: what a user calls it.
 
     Training never downloads a model: on a cluster that would be every node at once, or none for lack of a network.
 
@@ -39,18 +39,18 @@ def find_base(name_or_path: str, revision: str | None) -> Path:
                 f"model.revision: {revision!r} has no meaning for the directory {directory}; leave it out"
             )
         if not (directory / "config.json").is_file():
-            raise CheckpointError(f"model.name_or_path: {directory} is no model directory: it has no config.json")
+            raise CheckpointError(f"{setting}: {directory} is no model directory: it has no config.json")
         return directory
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise CheckpointError(
-            f"model.name_or_path: {name_or_path!r} is no directory (seen from {Path.cwd()}); give one, or a Hub name"
+            f"{setting}: {name_or_path!r} is no directory (seen from {Path.cwd()}); give one, or a Hub name"
         )
     try:
         found = snapshot_download(name_or_path, revision=revision, local_files_only=True)
     except (OSError, ValueError):  # HFValidationError among them
         fetch = f"hf download {name_or_path}" + (f" --revision {revision}" if revision else "")
         raise CheckpointError(
-            f"model.name_or_path: {name_or_path!r} is neither a directory (seen from {Path.cwd()}) "
+            f"{setting}: {name_or_path!r} is neither a directory (seen from {Path.cwd()}) "
             f"nor in the Hub cache; fetch it first: {fetch} --exclude 'original/*'"
         ) from None
     return Path(found)

@@ -1,11 +1,15 @@
 #!/usr/bin/env python
-"""Turn a sharded training checkpoint into a standalone adapter that stock PEFT loads.
+"""Turn a sharded training checkpoint into a standalone adapter that stock PEFT loads, or into a merged model.
 
     python launch/convert.py runs/gsm8k/checkpoints/step-000200 adapters/gsm8k
     python launch/convert.py runs/gsm8k adapters/gsm8k-lora --format lora --dtype bfloat16
+    python launch/convert.py runs/gsm8k adapters/gsm8k-r64 --format lora --rank 64
+    python launch/convert.py runs/gsm8k models/gsm8k --format merged --base meta-llama/Llama-3.1-8B
     python launch/convert.py runs/gsm8k adapters/gsm8k --verify --base meta-llama/Llama-3.1-8B
+    python launch/convert.py deepspeed_output/global_step100 adapters/gsm8k --alpha 24 --base meta-llama/Llama-3.1-8B
 
-Needs neither deepspeed nor a GPU nor the base model; --verify --base loads the base and compares logits.
+Needs neither deepspeed nor a GPU; only --format merged reads the base, tensor by tensor, and only --verify with --base
+loads it, to compare logits.
 """
 
 import argparse
@@ -17,63 +21,126 @@ from abba.errors import AbbaError, CheckpointError, RecipeError, exit_with
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of the largest logit; bf16 rounds the factors or their products
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "source", type=Path, metavar="SRC", help="a checkpoint, or a run directory: its newest valid one"
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="a checkpoint, a run directory: its newest valid one, or a ZeRO-3 checkpoint that DeepSpeed wrote itself",
     )
-    parser.add_argument("destination", type=Path, metavar="DST", help="the adapter directory to create")
+    parser.add_argument("destination", type=Path, metavar="DST", help="the directory to create")
     parser.add_argument(
-        "--format", choices=["loha", "lora"], default="loha", help="loha: exact; lora: rank r1*r2, for vLLM"
+        "--format",
+        choices=["loha", "lora", "merged"],
+        default="loha",
+        help="loha (default): exact, for PEFT; lora: rank r1*r2, exact, for vLLM too; merged: a full model",
     )
-    parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
-    parser.add_argument("--force", action="store_true", help="replace DST if it is not empty")
-    parser.add_argument("--verify", action="store_true", help="refuse an adapter that changes nothing; see --base")
     parser.add_argument(
-        "--base", help="with --verify: a base model, to compare stock PEFT's logits with the native ones"
+        "--rank", type=int, metavar="K", help="with lora: truncate to rank K; prints the energy it keeps"
     )
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--base",
+        help="the base model, a directory or a Hub name in the cache: for merged, to compare with --verify, and to "
+        "name the base of DeepSpeed's checkpoints",
+    )
+    parser.add_argument("--alpha", type=float, help="of the adapter in a checkpoint of DeepSpeed's; ours know theirs")
+    parser.add_argument(
+        "--dtype",
+        choices=list(TOLERANCE),
+        help="of what is stored. Default: float32; for merged what each tensor of the base is stored as, and if given, "
+        "it is that of every floating-point tensor",
+    )
+    parser.add_argument("--force", action="store_true", help="replace DST if it holds an adapter or a merged model")
+    parser.add_argument("--verify", action="store_true", help="refuse a result that changes nothing; see --base")
+    parser.add_argument("--strict", action="store_true", help="refuse a run whose newest checkpoint is damaged")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
     try:
-        convert_and_verify(arguments)
+        convert(arguments)
     except AbbaError as error:
         return exit_with(error)
     return 0
 
 
-def convert_and_verify(arguments: argparse.Namespace) -> None:
+def convert(arguments: argparse.Namespace) -> None:
     import torch
 
-    from abba.adapter.export import vllm_advice
-    from abba.checkpoint.convert import convert, find_checkpoint
-
-    if arguments.base and not arguments.verify:
-        raise RecipeError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
-    checkpoint = find_checkpoint(arguments.source, report=lambda line: print(line, file=sys.stderr))
-    dtype = getattr(torch, arguments.dtype)
-    description, summary = convert(checkpoint, arguments.destination, arguments.format, dtype, arguments.force)
-    print(f"{checkpoint} -> {arguments.destination}: {summary.tensors} tensors, {summary.bytes:,} bytes, re-opened")
-    if arguments.format == "lora":
-        print(vllm_advice(description.config))
-    if arguments.verify and summary.changes_nothing:
-        raise CheckpointError(
-            f"{arguments.destination}: every B2 is zero, so it changes nothing; was the learning rate 0?"
-        )
-    if arguments.verify and arguments.base:
-        compare_with_peft(checkpoint, arguments)
-
-
-def compare_with_peft(checkpoint: Path, arguments: argparse.Namespace) -> None:
     from abba.base_model import find_base
-    from abba.checkpoint.convert import read_checkpoint_factors
-    from abba.evaluation.parity import peft_difference
+    from abba.checkpoint.convert import Form, convert_source, refuse_overlap
+    from abba.checkpoint.deepspeed_files import is_deepspeed_checkpoint
+    from abba.checkpoint.source import open_source, refuse_missing
 
-    factors = read_checkpoint_factors(checkpoint)
-    difference, largest = peft_difference(find_base(arguments.base, None), arguments.destination, factors)
-    limit = TOLERANCE[arguments.dtype] * max(1.0, largest)
-    line = f"stock PEFT's logits differ from the native ones by at most {difference:.1e} (largest {largest:.1f})"
+    refuse_missing(arguments.source)
+    refuse_senseless(arguments, names_base=is_deepspeed_checkpoint(arguments.source))
+    refuse_overlap(arguments.destination, arguments.source, "SRC")
+    merged = arguments.format == "merged"
+    base = find_base(arguments.base, None, "--base") if merged or (arguments.base and arguments.verify) else None
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    form = Form(arguments.format, arguments.rank, dtype, base if merged else None)
+    given = (arguments.strict, arguments.alpha, arguments.base)
+    with open_source(arguments.source, lambda line: print(line, file=sys.stderr), *given) as source:
+        description, summary = convert_source(source, arguments.destination, form, arguments.force)
+        size = f"{summary.tensors} tensors, {summary.bytes:,} bytes, re-opened"
+        print(f"{source.directory} -> {arguments.destination}: {size}")
+        tell_what_was_lost(description, summary)
+        if arguments.verify:
+            verify(source, arguments, description, summary, base)
+
+
+def refuse_senseless(arguments: argparse.Namespace, names_base: bool) -> None:
+    if arguments.rank is not None and arguments.format != "lora":
+        raise RecipeError(f"--rank {arguments.rank}: has a meaning for --format lora alone")
+    if arguments.format == "merged" and not arguments.base:
+        raise RecipeError("--format merged: needs --base, the model to merge into")
+    if arguments.base and not (arguments.verify or arguments.format == "merged" or names_base):
+        raise RecipeError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
+
+
+def tell_what_was_lost(description, summary) -> None:
+    from abba.adapter.export import vllm_advice
+
+    if description.format == "lora":
+        print(vllm_advice(description.lora_rank))
+    if kept := summary.kept_energy:
+        least = f"least in {kept.worst_module}: {kept.worst:.2%}"
+        print(f"rank {description.rank} keeps {kept.overall:.2%} of ||delta W||_F^2; {least}")
+    if description.format == "merged":
+        print(
+            f"rounding of what is stored: {summary.rounding:.1%} of ||delta W||_F; {summary.unchanged} of "
+            f"{len(description.modules)} targets came out as in the base"
+        )
+
+
+def verify(source, arguments: argparse.Namespace, description, summary, base: Path | None) -> None:
+    from abba.adapter.files import verify_adapter
+    from abba.adapter.merge import verify_merged
+    from abba.evaluation.parity import merged_difference, peft_difference
+
+    destination, merged = arguments.destination, description.format == "merged"
+    (verify_merged if merged else verify_adapter)(destination)
+    if summary.changes_nothing:
+        why = "every weight is the base's" if merged else "every B2 is zero"
+        raise CheckpointError(f"{destination}: {why}, so it changes nothing; was the learning rate 0?")
+    found = f"verified: {len(description.modules)} targets, all tensors of their shapes and finite"
+    if base is None:
+        print(f"{found}; logits are not compared without --base")
+        return
+    if description.rank is not None:
+        print(f"{found}; logits are not compared: at rank {description.rank} it is another function, see what it keeps")
+        return
+    compare = merged_difference if merged else peft_difference
+    difference, largest = compare(base, destination, source.all_factors())
+    rounded = summary.rounding > 0 if merged else arguments.dtype == "bfloat16"
+    limit = TOLERANCE["bfloat16" if rounded else "float32"] * max(1.0, largest)
+    who = "the merged model's" if merged else "stock PEFT's"
+    line = f"{who} logits differ from the native ones by at most {difference:.1e} (largest {largest:.1f})"
     if not difference <= limit:
-        raise CheckpointError(f"{arguments.destination}: {line}, above {limit:.1e}; is --base its base? DST is kept")
-    print(line)
+        raise CheckpointError(f"{destination}: {line}, above {limit:.1e}; is --base its base? DST is kept")
+    print(f"{found}; {line}")
 
 
 if __name__ == "__main__":

@@ -10,36 +10,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from abba.adapter.config import AdapterConfig
+from abba.adapter.directory import AdapterDescription
 from abba.adapter.functional import khatri_rao_a, khatri_rao_b
 from abba.adapter.initialize import Factors
 from abba.errors import CheckpointError
 
-FORMATS = ("loha", "lora")
 LOHA_KEYS = {"A1": "hada_w1_b", "B1": "hada_w1_a", "A2": "hada_w2_b", "B2": "hada_w2_a"}
 PREFIX = "base_model.model."
 # What vLLM's max_lora_rank accepts (vllm/config/lora.py).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def tensor_shapes(format: str, name: str, shape: tuple[int, int], config: AdapterConfig) -> dict[str, tuple[int, int]]:
-    """Key and shape of every tensor that module `name` with weight `shape` (out, in) becomes."""
-    out_features, in_features = shape
-    if format == "loha":
+def tensor_shapes(description: AdapterDescription, name: str) -> dict[str, tuple[int, int]]:
+    """Key and shape of every tensor that module `name` becomes."""
+    (out_features, in_features), config = description.modules[name], description.config
+    if description.format == "loha":
         rank = max(config.r1, config.r2)
         sides = {"A": (rank, in_features), "B": (out_features, rank)}
         return {f"{PREFIX}{name}.{key}": sides[factor[0]] for factor, key in LOHA_KEYS.items()}
-    rank = config.r1 * config.r2
     return {
-        f"{PREFIX}{name}.lora_A.weight": (rank, in_features),
-        f"{PREFIX}{name}.lora_B.weight": (out_features, rank),
+        f"{PREFIX}{name}.lora_A.weight": (description.lora_rank, in_features),
+        f"{PREFIX}{name}.lora_B.weight": (out_features, description.lora_rank),
     }
 
 
 def tensors(format: str, factors: Factors, config: AdapterConfig, dtype: torch.dtype) -> list[Tensor]:
     """The tensors of one module, in the order of `tensor_shapes`.
 
-    LoHa holds copies of the factors, zero-padded to the larger rank, which changes nothing in the products. LoRA holds
-    the Khatri-Rao factors with s folded into B; they are multiplied in fp32 and rounded once.
+    LoHa holds copies of the factors, zero-padded to the larger rank, which changes nothing in the products. LoRA (of
+    the whole rank) holds the Khatri-Rao factors with s folded into B; they are multiplied in fp32 and rounded once.
     """
     factors = Factors(*(factor.detach() for factor in factors))
     if format == "loha":
@@ -61,27 +60,30 @@ def factors_from_loha(read: Mapping[str, Tensor], name: str, config: AdapterConf
     return Factors(found["A1"][:r1], found["B1"][:, :r1], found["A2"][:r2], found["B2"][:, :r2])
 
 
-def peft_config(format: str, config: AdapterConfig, modules: list[str], base_model: str | None) -> dict:
+def peft_config(description: AdapterDescription) -> dict:
     """adapter_config.json for stock PEFT. LoHa scales by alpha / r, LoRA by lora_alpha / r."""
+    config = description.config
     common = {
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": description.base_model,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "target_modules": _peft_targets(config, modules),
+        "target_modules": _peft_targets(config, list(description.modules)),
     }
-    if format == "loha":
+    if description.format == "loha":
         rank = max(config.r1, config.r2)
         return {"peft_type": "LOHA", "r": rank, "alpha": config.scale * rank, **common}
-    rank = config.r1 * config.r2
+    rank = description.lora_rank
     return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "lora_dropout": 0.0, **common}
 
 
-def vllm_advice(config: AdapterConfig) -> str:
-    """The flag that vLLM needs to serve the LoRA form, or why it cannot."""
-    rank = config.r1 * config.r2
+def vllm_advice(rank: int) -> str:
+    """The flag that vLLM needs to serve a LoRA of this rank, or why it cannot."""
     enough = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if enough is None:
-        return f"rank {rank} is above vLLM's limit of {VLLM_RANKS[-1]}: it cannot serve this adapter; merge it instead"
+        return (
+            f"rank {rank} is above vLLM's limit of {VLLM_RANKS[-1]}: it cannot serve this adapter; "
+            "convert it with --format merged, or with --rank 256"
+        )
     return f"serve it with vLLM: --enable-lora --max-lora-rank {enough}"
 
 

@@ -7,40 +7,37 @@ README.md                  a model card
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from abba.adapter import export
+from abba.adapter.card import model_card
 from abba.adapter.config import AdapterConfig
+from abba.adapter.directory import (
+    ABBA_CONFIG,
+    ADAPTER_FORMATS,
+    CARD,
+    PEFT_CONFIG,
+    WEIGHTS,
+    AdapterDescription,
+    KeptEnergy,
+    read_description,
+    refuse_occupied,
+    write_description,
+    written_whole,
+)
 from abba.adapter.initialize import Factors
 from abba.adapter.inject import check_factors, inject
 from abba.adapter.linear import abba_modules
-from abba.errors import CheckpointError, RecipeError
-from abba.storage import Spec, make_directory, publish_directory, read_json, write_json, write_safetensors
-
-WEIGHTS, PEFT_CONFIG, ABBA_CONFIG, CARD = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "abba_config.json",
-    "README.md",
-)
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class AdapterDescription:
-    """abba_config.json: everything about an adapter but its numbers."""
-
-    config: AdapterConfig
-    format: str
-    modules: dict[str, tuple[int, int]]  # name -> (out, in)
-    base_model: str | None
+from abba.adapter.truncate import truncate
+from abba.errors import CheckpointError
+from abba.storage import Spec, read_json, write_json, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,7 @@ class AdapterSummary:
     tensors: int
     bytes: int
     changes_nothing: bool  # every B2, and so delta W, is exactly zero
+    kept_energy: KeptEnergy | None = None  # of a truncated LoRA
 
 
 def write_adapter(
@@ -58,50 +56,46 @@ def write_adapter(
     load: Callable[[str], Factors],
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
+    scores: Mapping[str, Any] | None = None,
 ) -> AdapterSummary:
     """Write a standalone adapter, one module in memory at a time, re-open and check it, then give it its name.
 
     Args:
         load: the factors of a module by its name; called once for each.
         overwrite: replace a directory that stands there already.
+        scores: for the card.
 
     Raises:
         CheckpointError: `directory` is not empty, cannot be written, or does not hold what was meant when re-opened.
     """
-    directory = directory.resolve()
     refuse_occupied(directory, overwrite)
-    make_directory(directory.parent, "adapter directory")
-    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    layout = {key: Spec(shape, dtype) for key, shape in _shapes(description).items()}
+    energies: dict[str, tuple[float, float]] = {}
+    with written_whole(directory) as temporary:
+        write_safetensors(temporary / WEIGHTS, layout, _tensors(description, load, dtype, energies), {"format": "pt"})
+        kept = _kept_energy(energies) if energies else None
+        description = replace(description, dtype=str(dtype).removeprefix("torch."), kept_energy=kept)
+        write_json(temporary / PEFT_CONFIG, export.peft_config(description))
+        write_description(temporary, description)
+        (temporary / CARD).write_text(model_card(description, scores))
+        return replace(verify_adapter(temporary), kept_energy=kept)
+
+
+def rewrite_card(directory: Path, scores: Mapping[str, Any]) -> None:
+    """Write the model card of an adapter or a merged model anew, with the scores that it got since.
+
+    Raises:
+        CheckpointError: the directory is none of ours, or cannot be written.
+    """
+    card = model_card(read_description(directory), scores)
+    temporary = directory / f".{CARD}.tmp-{os.getpid()}"
     try:
-        layout = _layout(description, dtype)
-        write_safetensors(temporary / WEIGHTS, layout, _tensors(description, load, dtype), {"format": "pt"})
-        modules, config = list(description.modules), description.config
-        write_json(
-            temporary / PEFT_CONFIG, export.peft_config(description.format, config, modules, description.base_model)
-        )
-        write_json(
-            temporary / ABBA_CONFIG, {"format_version": FORMAT_VERSION, **asdict(description), "scale": config.scale}
-        )
-        (temporary / CARD).write_text(model_card(description, dtype))
-        summary = verify_adapter(temporary)
-        publish_directory(temporary, directory)
+        temporary.write_text(card)
+        os.replace(temporary, directory / CARD)
     except OSError as error:
-        raise CheckpointError(f"adapter directory {directory}: cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"{directory / CARD}: cannot be written: {error.strerror}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return summary
-
-
-def refuse_occupied(directory: Path, overwrite: bool) -> None:
-    """Raises CheckpointError when `directory` holds something that is not an adapter, or is not to be replaced."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not (directory / ABBA_CONFIG).is_file():
-        raise CheckpointError(f"adapter directory {directory}: holds something that is no adapter; choose another")
-    if not overwrite:
-        raise CheckpointError(f"adapter directory {directory}: is not empty; choose another or pass --force")
+        temporary.unlink(missing_ok=True)
 
 
 def verify_adapter(directory: Path) -> AdapterSummary:
@@ -111,12 +105,14 @@ def verify_adapter(directory: Path) -> AdapterSummary:
         CheckpointError: names the first thing that is wrong.
     """
     description = read_description(directory)
+    if description.format not in ADAPTER_FORMATS:
+        raise CheckpointError(f"{directory}: is a {description.format} model and no adapter; it loads by itself")
     path = directory / WEIGHTS
     peft = read_json(directory / PEFT_CONFIG)
     if not isinstance(peft, dict):
         raise CheckpointError(f"{directory / PEFT_CONFIG}: is no PEFT configuration")
     base = peft.get("base_model_name_or_path")  # whoever moves the base says so there
-    expected_config = export.peft_config(description.format, description.config, list(description.modules), base)
+    expected_config = export.peft_config(replace(description, base_model=base))
     wrong = sorted(key for key in peft.keys() | expected_config.keys() if peft.get(key) != expected_config.get(key))
     if wrong:
         raise CheckpointError(
@@ -125,7 +121,7 @@ def verify_adapter(directory: Path) -> AdapterSummary:
         )
     expected = _shapes(description)
     zero = True
-    with _opened(path) as file:
+    with opened(path) as file:
         different = sorted(set(file.keys()) ^ expected.keys())
         if different:
             raise CheckpointError(f"{path}: {different[0]} is missing or does not belong there")
@@ -140,31 +136,11 @@ def verify_adapter(directory: Path) -> AdapterSummary:
     return AdapterSummary(len(expected), path.stat().st_size, zero)
 
 
-def read_description(directory: Path) -> AdapterDescription:
-    """Raises CheckpointError when the directory is no adapter of ours."""
-    if not (directory / ABBA_CONFIG).is_file():
-        raise CheckpointError(
-            f"{directory}: is not an ABBA adapter: it has no {ABBA_CONFIG} (a run's adapter is RUN/adapter)"
-        )
-    raw = read_json(directory / ABBA_CONFIG)
-    try:
-        if raw["format_version"] != FORMAT_VERSION or raw["format"] not in export.FORMATS:
-            raise CheckpointError(
-                f"{directory / ABBA_CONFIG}: version {raw['format_version']}, form {raw['format']!r}; "
-                f"this program reads version {FORMAT_VERSION}, {' or '.join(export.FORMATS)}"
-            )
-        config = AdapterConfig(**raw["config"])
-        modules = {str(name): (int(out), int(into)) for name, (out, into) in raw["modules"].items()}
-        return AdapterDescription(config, raw["format"], modules, raw["base_model"])
-    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
-        raise CheckpointError(f"{directory / ABBA_CONFIG}: does not describe an adapter: {error!r}") from error
-
-
 def read_factors(directory: Path) -> tuple[AdapterDescription, dict[str, Factors]]:
     """An adapter in LoHa form, back as factors.
 
     Raises:
-        CheckpointError: damaged, or in LoRA form, from which the factors cannot be told.
+        CheckpointError: damaged, or in LoRA or merged form, from which the factors cannot be told.
     """
     description = read_description(directory)
     if description.format != "loha":
@@ -173,7 +149,7 @@ def read_factors(directory: Path) -> tuple[AdapterDescription, dict[str, Factors
             "convert the checkpoint again with --format loha"
         )
     verify_adapter(directory)
-    with _opened(directory / WEIGHTS) as file:
+    with opened(directory / WEIGHTS) as file:
         read = {key: file.get_tensor(key) for key in _shapes(description)}
     return description, {name: export.factors_from_loha(read, name, description.config) for name in description.modules}
 
@@ -227,42 +203,37 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> AdapterDescr
     return description
 
 
-def model_card(description: AdapterDescription, dtype: torch.dtype) -> str:
-    """README.md of an adapter: what it is and how to load it."""
-    config, base = description.config, description.base_model or "the base model"
-    kind = "LoHa" if description.format == "loha" else f"LoRA of rank {config.r1 * config.r2}"
-    header = f"---\nbase_model: {description.base_model}\nlibrary_name: peft\ntags: [abba]\n---\n"
-    vllm = f"\nNote: {export.vllm_advice(config)}.\n" if description.format == "lora" else ""
-    return (
-        f"{header}\n# ABBA adapter for {base}\n\n"
-        f"delta W = s (B1 A1) * (B2 A2), r1 = {config.r1}, r2 = {config.r2}, alpha = {config.alpha:g}, "
-        f"s = {config.scale:g}, {len(description.modules)} modules, {str(dtype).removeprefix('torch.')}. "
-        f"Stored as PEFT {kind}; the two are the same function.\n\n"
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
-        'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")\n```\n'
-        f"{vllm}"
-    )
-
-
 def _shapes(description: AdapterDescription) -> dict[str, tuple[int, int]]:
     return {
-        key: shape
-        for name, size in description.modules.items()
-        for key, shape in export.tensor_shapes(description.format, name, size, description.config).items()
+        key: shape for name in description.modules for key, shape in export.tensor_shapes(description, name).items()
     }
 
 
-def _layout(description: AdapterDescription, dtype: torch.dtype) -> Mapping[str, Spec]:
-    return {key: Spec(shape, dtype) for key, shape in _shapes(description).items()}
-
-
-def _tensors(description: AdapterDescription, load: Callable[[str], Factors], dtype: torch.dtype) -> Iterator[Tensor]:
+def _tensors(
+    description: AdapterDescription,
+    load: Callable[[str], Factors],
+    dtype: torch.dtype,
+    energies: dict[str, tuple[float, float]],
+) -> Iterator[Tensor]:
     for name in description.modules:
-        yield from export.tensors(description.format, load(name), description.config, dtype)
+        if description.rank is None:
+            yield from export.tensors(description.format, load(name), description.config, dtype)
+        else:
+            a_KI, b_OK, *energies[name] = truncate(load(name), description.config.scale, description.rank)
+            yield from (a_KI.to(dtype), b_OK.to(dtype))
 
 
-def _opened(path: Path):
+def _kept_energy(energies: Mapping[str, tuple[float, float]]) -> KeptEnergy:
+    # A module whose delta W is zero loses nothing.
+    shares = {name: kept / total if total else 1.0 for name, (kept, total) in energies.items()}
+    worst = min(shares, key=shares.__getitem__)
+    total = sum(total for _, total in energies.values())
+    overall = sum(kept for kept, _ in energies.values()) / total if total else 1.0
+    return KeptEnergy(overall, shares[worst], worst)
+
+
+def opened(path: Path) -> safe_open:
+    """Open a file with the safetensors library; CheckpointError if that fails."""
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:

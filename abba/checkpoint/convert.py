@@ -1,35 +1,34 @@
-"""From a sharded training checkpoint to a standalone adapter, one module in memory at a time.
+"""From a sharded training checkpoint to a standalone adapter or a merged model, one module in memory at a time.
 
-Needs neither torch.distributed nor deepspeed nor the base model.
+Needs neither torch.distributed nor deepspeed; the base model is needed for merging alone, and then as files.
 """
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from abba.adapter.files import AdapterDescription, AdapterSummary, refuse_occupied, write_adapter
-from abba.adapter.initialize import Factors
-from abba.checkpoint.format import MANIFEST, ShardReader, newest_valid, read_state, verify
-from abba.errors import CheckpointError
+from abba.adapter.directory import MERGED, AdapterDescription, refuse_occupied
+from abba.adapter.files import AdapterSummary, write_adapter
+from abba.adapter.merge import write_merged
+from abba.checkpoint.source import CHECKPOINTS, FactorSource, open_checkpoint
+from abba.errors import CheckpointError, RecipeError
 
 
-def find_checkpoint(source: Path, report: Callable[[str], None]) -> Path:
-    """A checkpoint directory itself, or the newest valid checkpoint of a run directory; verified by hash.
+@dataclass(frozen=True)
+class Form:
+    """What to make of the factors.
 
-    Raises:
-        CheckpointError: `source` is neither, or holds no valid checkpoint.
+    format: loha, lora or merged.
+    rank: with lora: truncate to it; None keeps r1*r2, which is exact.
+    dtype: of what is stored. None: fp32, and in a merged model what each of the base's tensors is stored as.
+    base: with merged: the base's directory.
     """
-    if (source / MANIFEST).is_file():
-        verify(source)
-        return source
-    for root in (source / "checkpoints", source):
-        if root.is_dir() and (found := newest_valid(root, report)) is not None:
-            return found
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: does not exist; give a checkpoint (runs/NAME/checkpoints/step-N) or a run")
-    raise CheckpointError(f"{source}: holds no valid checkpoint; give a checkpoint directory or the run that has it")
+
+    format: str = "loha"
+    rank: int | None = None
+    dtype: torch.dtype | None = None
+    base: Path | None = None
 
 
 def convert(
@@ -44,22 +43,47 @@ def convert(
     Raises:
         CheckpointError: the checkpoint's files disagree, or `destination` cannot be used; nothing is written then.
     """
-    inner, outer = checkpoint.resolve(), destination.resolve()
-    if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise CheckpointError(f"adapter directory {destination}: overlaps the checkpoint {checkpoint}; choose another")
+    with open_checkpoint(checkpoint) as source:
+        return convert_source(source, destination, Form(format, dtype=dtype), overwrite)
+
+
+def convert_source(
+    source: FactorSource, destination: Path, form: Form, overwrite: bool = False
+) -> tuple[AdapterDescription, AdapterSummary]:
+    """Write an opened checkpoint in `form`, and re-open it.
+
+    Raises:
+        RecipeError: a rank that the adapter cannot have.
+        CheckpointError: see `write_adapter` and `write_merged`; nothing is written then.
+    """
+    refuse_overlap(destination, source.directory, "the checkpoint")
+    if source.run is not None:
+        _refuse_inside(destination, source.run / CHECKPOINTS)
+    if form.base is not None:
+        refuse_overlap(destination, form.base, "the base")
     refuse_occupied(destination, overwrite)
-    state = read_state(checkpoint)
-    description = AdapterDescription(state.adapter, format, state.modules, state.base_model)
-    with ShardReader(checkpoint, state) as reader:
-        return description, write_adapter(destination, description, partial(_factors, reader), dtype, overwrite)
+    description = AdapterDescription(
+        source.config, form.format, source.modules, source.base_model, form.rank, provenance=source.provenance
+    )
+    highest = source.config.r1 * source.config.r2
+    if form.rank is not None and not 1 <= form.rank <= highest:
+        raise RecipeError(f"--rank {form.rank}: is not between 1 and r1*r2 = {highest}, the rank of the adapter")
+    scores = source.scores()
+    if form.format == MERGED:
+        summary = write_merged(destination, form.base, description, source.factors, form.dtype, overwrite, scores)
+    else:
+        dtype = form.dtype or torch.float32
+        summary = write_adapter(destination, description, source.factors, dtype, overwrite, scores)
+    return description, summary
 
 
-def read_checkpoint_factors(checkpoint: Path) -> dict[str, Factors]:
-    """The fp32 masters of a verified checkpoint, all in memory."""
-    state = read_state(checkpoint)
-    with ShardReader(checkpoint, state) as reader:
-        return {name: _factors(reader, name) for name in state.modules}
+def refuse_overlap(destination: Path, other: Path, what: str) -> None:
+    """Raises CheckpointError when one of the two lies in the other."""
+    inner, outer = other.resolve(), destination.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise CheckpointError(f"adapter directory {destination}: overlaps {what} {other}; choose another")
 
 
-def _factors(reader: ShardReader, name: str) -> Factors:
-    return Factors(*(reader.read("master", f"{name}.{factor}") for factor in Factors._fields))
+def _refuse_inside(destination: Path, checkpoints: Path) -> None:
+    if checkpoints in destination.resolve().parents:
+        raise CheckpointError(f"adapter directory {destination}: lies among the checkpoints of a run; choose another")

@@ -1,21 +1,23 @@
-"""Does stock PEFT compute from an exported adapter what the native layers compute? Asked of logits."""
+"""Does what was exported compute what the native layers compute? Asked of logits, in fp32."""
 
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from abba.adapter.files import read_description
+from abba.adapter.config import AdapterConfig
+from abba.adapter.directory import read_description
 from abba.adapter.initialize import Factors
 from abba.adapter.inject import inject
-from abba.base_model import load_whole
+from abba.base_model import load_config, load_whole
 from abba.errors import CheckpointError, first_line
 
 
 @torch.inference_mode()
 def peft_difference(base: Path, adapter: Path, factors: Mapping[str, Factors]) -> tuple[float, float]:
-    """(largest absolute difference, largest absolute logit) between PEFT and the native layers, in fp32.
+    """(largest absolute difference, largest absolute logit) between stock PEFT and the native layers.
 
     Args:
         factors: the fp32 factors that the adapter was made from.
@@ -27,15 +29,35 @@ def peft_difference(base: Path, adapter: Path, factors: Mapping[str, Factors]) -
         from peft import PeftModel
     except ImportError:
         raise CheckpointError("--verify with --base needs peft: pip install 'abba-recipes[export]'") from None
-    native = load_whole(base, torch.float32, "eager")
-    tokens = torch.arange(64).reshape(2, 32) * 37 % native.config.vocab_size
-    inject(native, read_description(adapter).config, factors=factors)
-    expected = native(tokens).logits
-    del native
+    expected = _native_logits(base, read_description(adapter).config, factors)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # to PEFT a missing tensor is a warning
         try:
-            actual = PeftModel.from_pretrained(load_whole(base, torch.float32, "eager"), adapter).eval()(tokens).logits
+            model = PeftModel.from_pretrained(load_whole(base, torch.float32, "eager"), adapter).eval()
         except UserWarning as error:
             raise CheckpointError(f"{adapter}: PEFT does not load all of it: {first_line(error)}") from None
+    return _difference(model(_tokens(base)).logits, expected)
+
+
+@torch.inference_mode()
+def merged_difference(base: Path, merged: Path, factors: Mapping[str, Factors]) -> tuple[float, float]:
+    """(largest absolute difference, largest absolute logit) between a merged model and the native layers on its base.
+
+    Both are computed in fp32, from the weights as they are stored.
+    """
+    expected = _native_logits(base, read_description(merged).config, factors)
+    return _difference(load_whole(merged, torch.float32, "eager")(_tokens(base)).logits, expected)
+
+
+def _native_logits(base: Path, config: AdapterConfig, factors: Mapping[str, Factors]) -> Tensor:
+    model = load_whole(base, torch.float32, "eager")
+    inject(model, config, factors=factors)
+    return model(_tokens(base)).logits
+
+
+def _tokens(base: Path) -> Tensor:
+    return torch.arange(64).reshape(2, 32) * 37 % load_config(base).get_text_config().vocab_size
+
+
+def _difference(actual: Tensor, expected: Tensor) -> tuple[float, float]:
     return float((actual - expected).abs().max()), float(expected.abs().max())

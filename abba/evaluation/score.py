@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from abba.adapter.directory import read_description
 from abba.evaluation.generate import generate_greedy, load_for_generation
 from abba.evaluation.tasks import TASKS, load_questions
 from abba.storage import make_directory, write_json
@@ -53,6 +54,7 @@ def evaluate(
         "n": len(questions),
         "exact_match": 100 * correct / len(questions),
         "adapter": str(adapter) if adapter is not None else None,
+        "step": _step_of(adapter) if adapter is not None else None,
         "model": str(base),
         "data": data or task.hub_path,
         "dtype": str(dtype).removeprefix("torch."),
@@ -64,3 +66,9 @@ def evaluate(
     os.replace(temporary, output / "generations.jsonl")
     write_json(output / "scores.json", scores)
     return scores
+
+
+def _step_of(adapter: Path) -> int | None:
+    """The optimizer step that an adapter was converted from, so that its score is not taken for another's."""
+    provenance = read_description(adapter).provenance
+    return provenance.get("step") if provenance else None

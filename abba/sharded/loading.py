@@ -6,7 +6,7 @@ A parameter is partitioned the moment it is created, uninitialised; then rank r 
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +15,11 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor, nn
 
+from abba.base_files import BaseFiles
 from abba.checkpoint.slices import slice_bounds
 from abba.errors import CheckpointError
-from abba.storage import SafetensorsFile, StoredTensor, read_json
 
 TRAINABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
 class _PartitionWithoutBroadcast(Init):
@@ -53,61 +49,6 @@ class LoadReport:
     ignored: tuple[str, ...]
 
 
-class BaseCheckpoint:
-    """The safetensors files of a base model and where each tensor lies in them.
-
-    Raises:
-        CheckpointError: no safetensors (a pickle-only base is refused), a file of the index is missing or damaged.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        with ExitStack() as stack:
-            self.files = {name: stack.enter_context(SafetensorsFile(directory / name)) for name in self._file_names()}
-            self._place: dict[str, SafetensorsFile] = {}
-            for file in self.files.values():
-                for tensor in file.tensors:
-                    other = self._place.setdefault(tensor, file)
-                    if other is not file:
-                        raise CheckpointError(f"{file.path}: holds {tensor}, which {other.path.name} holds too")
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> "BaseCheckpoint":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._place)
-
-    def stored(self, name: str) -> StoredTensor:
-        return self._place[name].tensors[name]
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        return self._place[name].read(name, start, stop)
-
-    def _file_names(self) -> list[str]:
-        if (self.directory / SINGLE_FILE).is_file():
-            return [SINGLE_FILE]
-        if (self.directory / INDEX).is_file():
-            index = read_json(self.directory / INDEX)
-            weight_map = index.get("weight_map") if isinstance(index, dict) else None
-            named = list(weight_map.values()) if isinstance(weight_map, dict) else []
-            safe = [isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in named]
-            if not named or not all(safe):
-                raise CheckpointError(f"{self.directory / INDEX}: does not map tensors to safetensors files beside it")
-            return sorted(set(named))
-        pickles = sorted(path.name for path in self.directory.glob("*.bin"))
-        if pickles:
-            raise CheckpointError(
-                f"{self.directory}: has only {pickles[0]}, a pickle, which can run code when opened; "
-                "fetch the safetensors of this model, or convert it on a machine you can lose"
-            )
-        raise CheckpointError(f"{self.directory}: holds neither {SINGLE_FILE} nor {INDEX}")
-
-
 def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> LoadReport:
     """Fill this rank's partitions of a partitioned model from the safetensors files in `directory`.
 
@@ -118,7 +59,7 @@ def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> 
         CheckpointError: a tensor is missing, left over or of another shape; a file is truncated; tied weights
             differ; the checksums differ.
     """
-    with BaseCheckpoint(directory) as checkpoint:
+    with BaseFiles(directory) as checkpoint:
         places = _match_names(model, checkpoint)
         read_sum, bytes_read, elements, untied = 0, 0, 0, 0
         for name, parameter in places.parameters.items():
@@ -167,7 +108,7 @@ class _Places:
     ignored: list[str]
 
 
-def _match_names(model: nn.Module, checkpoint: BaseCheckpoint) -> _Places:
+def _match_names(model: nn.Module, checkpoint: BaseFiles) -> _Places:
     """Pair the model's parameters with the files' tensors, and account for every one of both."""
     aliases: dict[int, list[str]] = {}  # tied parameters have several names
     by_id: dict[int, nn.Parameter] = {}
@@ -210,7 +151,7 @@ def _match_names(model: nn.Module, checkpoint: BaseCheckpoint) -> _Places:
     return places
 
 
-def _check_shape(checkpoint: BaseCheckpoint, name: str, shape: torch.Size) -> None:
+def _check_shape(checkpoint: BaseFiles, name: str, shape: torch.Size) -> None:
     stored = checkpoint.stored(name)
     if tuple(stored.shape) != tuple(shape):
         raise CheckpointError(

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from abba.adapter.config import AdapterConfig
 from abba.adapter.files import read_factors
 from abba.checkpoint import format
-from abba.checkpoint.convert import convert, find_checkpoint
+from abba.checkpoint.convert import convert
 from abba.checkpoint.slices import overlapping, slice_bounds
+from abba.checkpoint.source import find_checkpoint
 from abba.errors import CheckpointError
 from abba.storage import SafetensorsFile, Spec, write_safetensors
 

@@ -1,0 +1,105 @@
+"""README.md of an adapter or a merged model: what it is, what made it, how good it is, how to load it."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from abba.adapter.directory import MERGED, AdapterDescription
+from abba.adapter.export import vllm_advice
+
+
+def model_card(description: AdapterDescription, scores: Mapping[str, Any] | None) -> str:
+    """The card's text.
+
+    Args:
+        scores: scores.json of an evaluation of this adapter. Its paths are left out: they are of one machine.
+    """
+    base = description.base_model or "the base model"
+    what = "Model with a merged ABBA adapter" if description.format == MERGED else "ABBA adapter"
+    parts = [
+        _header(description),
+        f"# {what} for {base}",
+        _method(description),
+        "## Load it",
+        _how_to_load(description),
+    ]
+    parts += _training(description.provenance or {}) + _scores(description, scores)
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(description: AdapterDescription) -> str:
+    lines = ["---"]
+    if description.base_model:
+        lines.append(f"base_model: {json.dumps(description.base_model)}")
+    lines += [f"library_name: {'transformers' if description.format == MERGED else 'peft'}", "tags: [abba]", "---"]
+    return "\n".join(lines)
+
+
+def _method(description: AdapterDescription) -> str:
+    config, rank = description.config, description.lora_rank
+    if description.format == MERGED:
+        form = "Added to the base's weights in fp32, one tensor at a time"
+    elif description.format == "loha":
+        form = "Stored as PEFT LoHa; the two are the same function"
+    elif description.rank is None:
+        form = f"Stored as PEFT LoRA of rank {rank}; the two are the same function"
+    else:
+        kept = description.kept_energy
+        form = (
+            f"Stored as the closest LoRA of rank {rank}, which keeps {kept.overall:.2%} of ||delta W||_F^2 "
+            f"(least in {kept.worst_module}: {kept.worst:.2%})"
+        )
+    stored = description.dtype or "each tensor in the base's own dtype"
+    return (
+        f"delta W = s (B1 A1) * (B2 A2), r1 = {config.r1}, r2 = {config.r2}, alpha = {config.alpha:g}, "
+        f"s = {config.scale:g}, {len(description.modules)} modules. {form}. {stored[0].upper()}{stored[1:]}."
+    )
+
+
+def _how_to_load(description: AdapterDescription) -> str:
+    if description.format == MERGED:
+        return (
+            "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")\n```'
+        )
+    base = json.dumps(description.base_model or "THE_BASE_MODEL")
+    text = (
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({base})\n"
+        'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")\n```'
+    )
+    if description.format == "lora":
+        text += f"\n\nNote: {vllm_advice(description.lora_rank)}."
+    return text
+
+
+def _training(provenance: Mapping[str, Any]) -> list[str]:
+    if not provenance:
+        return []
+    parts = ["## Training"]
+    if provenance.get("step") is not None:
+        parts.append(f"After optimizer step {provenance['step']}, on {provenance.get('world_size')} rank(s).")
+    fingerprint = provenance.get("fingerprint") or {}
+    for title, key in (("Recipe", "recipe"), ("Software", "software")):
+        if provenance.get(key):
+            parts += [f"{title}:", _block(provenance[key])]
+    if not provenance.get("recipe") and fingerprint:
+        parts += ["Settings:", _block(fingerprint)]
+    elif fingerprint:
+        known = {key: fingerprint.get(key, {}) for key in ("data", "model")}
+        parts += ["Data and base, by content:", _block(known)]
+    return parts
+
+
+def _scores(description: AdapterDescription, scores: Mapping[str, Any] | None) -> list[str]:
+    if not scores:
+        return []
+    named = {key: scores[key] for key in ("task", "n", "exact_match", "dtype", "max_new_tokens") if key in scores}
+    of_another_form = description.format != "loha" or description.dtype != "float32"
+    note = "Of the run's own adapter, in LoHa form and fp32:" if of_another_form else "Greedy generation:"
+    return ["## Scores", note, _block(named)]
+
+
+def _block(value: Any) -> str:
+    # JSON, which is YAML too: no string in it can end the block, for newlines are escaped.
+    return f"```yaml\n{json.dumps(value, indent=2, ensure_ascii=False)}\n```"

@@ -1,0 +1,122 @@
+"""The directory of a finished adapter or merged model: what its abba_config.json says, and how it gets its name.
+
+abba_config.json marks it as ours: what PEFT and transformers have no field for, and what made it.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from abba.adapter.config import AdapterConfig
+from abba.errors import CheckpointError, RecipeError
+from abba.storage import is_there, make_directory, publish_directory, read_json, write_json
+
+WEIGHTS, PEFT_CONFIG, ABBA_CONFIG, CARD = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "abba_config.json",
+    "README.md",
+)
+ADAPTER_FORMATS, MERGED = ("loha", "lora"), "merged"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class KeptEnergy:
+    """Share of ||delta W||_F^2 that a truncated LoRA keeps: over all modules, and where it keeps least."""
+
+    overall: float
+    worst: float
+    worst_module: str
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """abba_config.json: everything about an adapter but its numbers."""
+
+    config: AdapterConfig
+    format: str  # one of ADAPTER_FORMATS, or MERGED
+    modules: dict[str, tuple[int, int]]  # name -> (out, in)
+    base_model: str | None
+    rank: int | None = None  # of a LoRA that was truncated; None: r1*r2, exact
+    dtype: str | None = None  # of what is stored; None in a merged model: as in the base
+    kept_energy: KeptEnergy | None = None  # of a truncated LoRA
+    provenance: dict[str, Any] | None = None  # step, fingerprint, recipe; see FactorSource
+
+    @property
+    def lora_rank(self) -> int:
+        return self.rank or self.config.r1 * self.config.r2
+
+
+def write_description(directory: Path, description: AdapterDescription) -> None:
+    write_json(
+        directory / ABBA_CONFIG,
+        {"format_version": FORMAT_VERSION, **asdict(description), "scale": description.config.scale},
+    )
+
+
+def read_description(directory: Path) -> AdapterDescription:
+    """Raises CheckpointError when the directory is no adapter of ours."""
+    if not (directory / ABBA_CONFIG).is_file():
+        raise CheckpointError(
+            f"{directory}: is not an ABBA adapter: it has no {ABBA_CONFIG} (a run's adapter is RUN/adapter)"
+        )
+    raw = read_json(directory / ABBA_CONFIG)
+    formats = (*ADAPTER_FORMATS, MERGED)
+    try:
+        if raw["format_version"] != FORMAT_VERSION or raw["format"] not in formats:
+            raise CheckpointError(
+                f"{directory / ABBA_CONFIG}: version {raw['format_version']}, form {raw['format']!r}; "
+                f"this program reads version {FORMAT_VERSION}, {' or '.join(formats)}"
+            )
+        config = AdapterConfig(**raw["config"])
+        rank, kept = raw.get("rank"), raw.get("kept_energy")
+        if rank is not None and not 1 <= rank <= config.r1 * config.r2:
+            raise ValueError(f"rank {rank}")
+        return AdapterDescription(
+            config,
+            raw["format"],
+            {str(name): (int(out), int(into)) for name, (out, into) in raw["modules"].items()},
+            raw["base_model"],
+            rank,
+            raw.get("dtype"),
+            KeptEnergy(**kept) if kept is not None else None,
+            raw.get("provenance"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
+        raise CheckpointError(f"{directory / ABBA_CONFIG}: does not describe an adapter: {error!r}") from error
+
+
+def refuse_occupied(directory: Path, overwrite: bool) -> None:
+    """Raises CheckpointError when `directory` holds something that is not an adapter, or is not to be replaced."""
+    if not is_there(directory) or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not (directory / ABBA_CONFIG).is_file():
+        raise CheckpointError(f"adapter directory {directory}: holds something that is no adapter; choose another")
+    if not overwrite:
+        raise CheckpointError(f"adapter directory {directory}: is not empty; choose another or pass --force")
+
+
+@contextmanager
+def written_whole(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory` to write into; it takes that name if the block succeeds and is deleted if not.
+
+    Raises:
+        CheckpointError: something cannot be written.
+    """
+    directory = directory.resolve()
+    make_directory(directory.parent, "adapter directory")
+    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        publish_directory(temporary, directory)
+    except OSError as error:
+        raise CheckpointError(f"adapter directory {directory}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,165 @@
+"""launch/convert.py as a user starts it: every form, what --verify says; a mistake leaves one line and nothing else."""
+
+import json
+import os
+import shutil
+from functools import partial
+
+import pytest
+import torch
+
+from abba.adapter.config import SEVEN_LINEARS, AdapterConfig
+from abba.adapter.directory import read_description
+from tests import warm
+from tests.checkpoint.made import linears, write_checkpoint
+from tests.distributed.ranks import STORIES, TINY
+from tests.models import tiny_model
+
+CONFIG, MODULES = AdapterConfig(4, 4, 1.0, SEVEN_LINEARS), linears(128, 352, 128, 4)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with two checkpoints of random factors for the embedded base."""
+    run = tmp_path_factory.mktemp("made") / "run"
+    for step in (2, 4):
+        write_checkpoint(run / "checkpoints", CONFIG, MODULES, step, base_model=str(TINY))
+    return run
+
+
+@pytest.fixture
+def convert(tmp_path):
+    return partial(warm.run, tmp_path / "program", "launch/convert.py")
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ([], ["stock PEFT's logits differ from the native ones by at most"]),
+        (["--format", "lora"], ["--max-lora-rank 16", "stock PEFT's logits differ"]),
+        (["--format", "lora", "--rank", "5"], ["--max-lora-rank 8", "rank 5 keeps ", "not compared: at rank 5"]),
+        (["--format", "merged"], ["0 of 28 targets came out as in the base", "the merged model's logits differ"]),
+        (["--format", "merged", "--dtype", "float32"], ["what is stored: 0.0%", "the merged model's logits"]),
+    ],
+)  # fmt: skip
+def test_every_form_is_verified_and_says_how(convert, made, tmp_path, options, said):
+    finished = convert(str(made), str(tmp_path / "out"), *options, "--verify", "--base", str(TINY))
+    assert finished.returncode == 0, finished.stderr
+    for text in ("step-000004 ->", "verified: 28 targets, all tensors of their shapes and finite", *said):
+        assert text in finished.stdout
+    description = read_description(tmp_path / "out")
+    assert description.provenance["step"] == 4 and description.base_model == str(TINY)
+
+
+def test_verify_without_a_base_says_that_no_logits_were_compared(convert, made, tmp_path):
+    finished = convert(str(made / "checkpoints/step-000002"), str(tmp_path / "out"), "--verify")
+    assert finished.returncode == 0 and "logits are not compared without --base" in finished.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--format", "lora"], ["--format", "merged", "--base", str(TINY)]])
+def test_verify_refuses_what_changes_nothing(convert, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.zeros(*shape))
+    write_checkpoint(tmp_path / "run/checkpoints", CONFIG, MODULES)
+    finished = convert(str(tmp_path / "run"), str(tmp_path / "out"), "--verify", *options)
+    assert finished.returncode == 66 and "so it changes nothing; was the learning rate 0?" in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+def test_scores_of_the_run_reach_the_card_of_a_later_conversion(convert, made, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(made, run)
+    assert convert(str(run), str(run.parent / "adapter")).returncode == 0
+    command = ["launch/evaluate.py", "--model", str(TINY), "--adapter", str(tmp_path / "adapter"), "--task", "gsm8k",
+               "--data", str(STORIES / "test.jsonl"), "--limit", "4", "--max-new-tokens", "4",
+               "--output", str(run / "evaluation")]  # fmt: skip
+    assert warm.run(tmp_path / "evaluate", *command).returncode == 0
+    for step, shown in ((4, True), (2, False)):
+        checkpoint = run / f"checkpoints/step-{step:06d}"
+        assert convert(str(checkpoint), str(tmp_path / f"lora-{step}"), "--format", "lora").returncode == 0
+        card = (tmp_path / f"lora-{step}/README.md").read_text()
+        assert ('"exact_match"' in card and "Of the run's own adapter" in card) == shown
+
+
+def damaged(made, tmp_path, change):
+    shutil.copytree(made, tmp_path / "run")
+    change(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def other_base(tmp_path, **changes):
+    tiny_model(**changes).save_pretrained(tmp_path / "other")
+    return str(tmp_path / "other")
+
+
+SHARD = "checkpoints/step-000004/shard-00001-of-00002.safetensors"
+MERGED = ["--format", "merged", "--base"]
+
+
+@pytest.mark.parametrize(
+    "arguments, code, expected",
+    [
+        (lambda m, t: [os.makedirs(t / "empty") or t / "empty", t / "out"], 66, "empty: holds no valid checkpoint"),
+        (lambda m, t: [TINY, t / "out"], 66, "tiny-llama: holds no valid checkpoint"),
+        (lambda m, t: [TINY / "config.json", t / "out"], 66, "config.json: is a file; give a checkpoint"),
+        (
+            lambda m, t: [damaged(m, t, lambda r: (r / SHARD).unlink()) / "checkpoints/step-000004", t / "out"],
+            66,
+            "shard-00001-of-00002.safetensors: is missing",
+        ),
+        (
+            lambda m, t: [damaged(m, t, lambda r: os.truncate(r / SHARD, 99)), t / "out", "--strict"],
+            66,
+            "without --strict the checkpoint before it is used",
+        ),
+        (lambda m, t: ["x" * 300, t / "out"], 66, "x: does not exist; give a checkpoint"),
+        (lambda m, t: [m, t / ("x" * 300)], 66, "cannot be written: File name too long"),
+        (lambda m, t: [m, m / "out"], 66, "overlaps SRC"),
+        (lambda m, t: [m / "checkpoints/step-000004", m / "checkpoints/step-000004/out"], 66, "overlaps SRC"),
+        (lambda m, t: [m / "checkpoints/step-000004", m, "--force"], 66, "overlaps SRC"),
+        (lambda m, t: [m / "checkpoints/step-000004", m / "checkpoints/out"], 66, "lies among the checkpoints"),
+        (lambda m, t: [m, (t / "file").touch() or t / "file/out"], 66, "cannot be written"),
+        (lambda m, t: [m, t / "out", *MERGED, other_base(t)], 66, "is (64, 64), the adapter was made for (128, 128)"),
+        (
+            lambda m, t: [m, t / "out", *MERGED, other_base(t, num_hidden_layers=1, hidden_size=128, head_dim=32,
+                                                           num_key_value_heads=4, intermediate_size=352)],
+            66,
+            "has no model.layers.1.self_attn.q_proj.weight, which the adapter changes",
+        ),
+        (lambda m, t: [m, t / "out", *MERGED, "nowhere"], 66, "--base: 'nowhere' is neither a directory"),
+        (lambda m, t: [m, t / "out", *MERGED[:2]], 64, "--format merged: needs --base"),
+        (lambda m, t: [m, t / "out", "--rank", "4"], 64, "--rank 4: has a meaning for --format lora alone"),
+        (lambda m, t: [m, t / "out", "--format", "lora", "--rank", "17"], 64, "is not between 1 and r1*r2 = 16"),
+        (lambda m, t: [m, t / "out", "--base", str(TINY)], 64, "is used by --verify alone"),
+        (lambda m, t: [m, t / "out", "--alpha", "16"], 64, "--alpha 16: "),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line_and_leave_nothing(convert, made, tmp_path, arguments, code, expected):
+    command = [str(argument) for argument in arguments(made, tmp_path)]
+    before = listing(made) | listing(tmp_path)
+    finished = convert(*command)
+    assert finished.returncode == code, finished.stderr
+    assert expected in finished.stderr
+    assert finished.stderr.count("\n") == 1 and "Traceback" not in finished.stderr
+    assert {path for path in listing(made) | listing(tmp_path) if "program" not in path} == before
+
+
+def listing(directory):
+    return {str(path) for path in directory.rglob("*")}
+
+
+def test_only_adapters_and_merged_models_are_replaced(convert, made, tmp_path):
+    out = tmp_path / "out"
+    merge = ["--format", "merged", "--base", str(TINY)]
+    assert convert(str(made), str(out), *merge).returncode == 0
+    refused = convert(str(made), str(out))
+    assert refused.returncode == 66 and "is not empty; choose another or pass --force" in refused.stderr
+    assert convert(str(made), str(out), "--force").returncode == 0
+    assert json.loads((out / "abba_config.json").read_text())["format"] == "loha"
+    assert not (out / "model.safetensors").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    refused = convert(str(made), str(tmp_path / "mine"), *merge, "--force")
+    assert refused.returncode == 66 and "holds something that is no adapter" in refused.stderr
+    assert (tmp_path / "mine/thesis.txt").exists()
+    inside = convert(str(made), str(tmp_path / "base/out"), *MERGED, str(shutil.copytree(TINY, tmp_path / "base")))
+    assert inside.returncode == 66 and "overlaps the base" in inside.stderr
