@@ -20,7 +20,8 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.logging import disable_progress_bar
 
-from abba.base_files import check_config, check_tokenizer_config, check_weights
+from abba.base_config import check_config, check_tokenizer_config
+from abba.base_files import BaseFiles
 from abba.errors import AbbaError, CheckpointError, RecipeError, first_line
 from abba.storage import is_there
 
@@ -117,7 +118,8 @@ def load_whole(directory: Path, dtype: torch.dtype, attention: str, **placement:
         CheckpointError: config.json is refused, there are no safetensors, or they are damaged or do not fit.
     """
     check_config(directory)
-    check_weights(directory)
+    with BaseFiles(directory):  # every header is checked before the library, which checks less, opens the files
+        pass
     with _named(directory, "cannot be loaded"):
         return AutoModelForCausalLM.from_pretrained(
             directory,
