@@ -49,7 +49,7 @@ def convert_and_verify(arguments: argparse.Namespace) -> None:
     if arguments.base and not arguments.verify:
         raise RecipeError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
     checkpoint = find_checkpoint(arguments.source, report=lambda line: print(line, file=sys.stderr))
-    dtype = getattr(torch, arguments.dtype)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
     description, summary = convert(checkpoint, arguments.destination, arguments.format, dtype, arguments.force)
     print(f"{checkpoint} -> {arguments.destination}: {summary.tensors} tensors, {summary.bytes:,} bytes, re-opened")
     if arguments.format == "lora":

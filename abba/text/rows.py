@@ -113,10 +113,7 @@ def _open(source: RowSource) -> Any:
             known = ", ".join(LOCAL_FORMATS)
             raise DataError(f"{source.path!r}: is no dataset file; give one that ends in {known}")
         if not HUB_NAME.fullmatch(source.path):
-            known = ", ".join(LOCAL_FORMATS)
-            raise DataError(
-                f"{source.path!r}: is neither a file here nor a Hub dataset; write OWNER/NAME, or a {known}"
-            )
+            raise DataError(f"{source.path!r}: is no file here and no Hub dataset, whose names are OWNER/NAME")
         return datasets.load_dataset(source.path, source.name, revision=source.revision, split=source.split)
     except AbbaError:
         raise
