@@ -20,7 +20,7 @@ import yaml
 from abba.adapter.files import refuse_occupied
 from abba.checkpoint.format import remove_checkpoints
 from abba.errors import AbbaError, CheckpointError, as_failed
-from abba.storage import hash_file, make_directory, read_json, write_json
+from abba.storage import hash_file, is_there, make_directory, read_json, write_json
 
 SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
 SHARED_WITHIN_SECONDS = 120
@@ -69,7 +69,7 @@ class RunDirectory:
 
 def announce_failure(path: Path, error: AbbaError) -> None:
     """Tell ranks that wait for `path` that it will not come; not every launcher ends them for us."""
-    if path.parent.is_dir():
+    if is_there(path.parent):
         write_json(_failure_of(path), {"exit_code": error.exit_code, "message": str(error)})
 
 
@@ -81,12 +81,12 @@ def wait_for(path: Path) -> None:
         CheckpointError: not even its directory appears; output_dir is not on storage that all nodes share.
     """
     started = time.monotonic()
-    while not path.exists():
+    while not is_there(path):
         failure = _failure_of(path)
-        if failure.is_file() and failure.stat().st_mtime >= STARTED:  # not an earlier run's
+        if is_there(failure) and failure.stat().st_mtime >= STARTED:  # not an earlier run's
             said = read_json(failure)
             raise as_failed(said["message"], said["exit_code"])
-        if time.monotonic() - started > SHARED_WITHIN_SECONDS and not path.parent.is_dir():
+        if time.monotonic() - started > SHARED_WITHIN_SECONDS and not is_there(path.parent):
             raise CheckpointError(
                 f"{path.parent}: rank 0 made it {SHARED_WITHIN_SECONDS} s ago and it is not here; "
                 "put output_dir on storage that all nodes share"

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from abba.errors import RecipeError
+from abba.errors import RecipeError, first_line
 from abba.storage import safe_name
 
 MAX_BYTES, MAX_DEPTH, MAX_EXTENDS = 40_000, 20, 8  # 40 kB take up to a second to parse
@@ -76,7 +76,7 @@ def parse_yaml(text: str, source: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise RecipeError(f"{source}: line {line}: is not YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{source}: is not YAML: {error}") from None
+        raise RecipeError(f"{source}: is not YAML: {first_line(error)}") from None
 
 
 def read_recipe_file(path: Path, overrides: list[str]) -> dict[str, Any]:
