@@ -121,15 +121,20 @@ def load_whole(directory: Path, dtype: torch.dtype, attention: str, **placement:
     with BaseFiles(directory):  # every header is checked before the library, which checks less, opens the files
         pass
     with _named(directory, "cannot be loaded"):
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
             **placement,
-        ).eval()
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:  # filled with random values
+        raise CheckpointError(f"{directory}: {len(missing)} tensors of the model are missing, such as {missing[0]}")
+    return model.eval()
 
 
 def choose_attention(config: PretrainedConfig, wanted: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:

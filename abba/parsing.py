@@ -26,7 +26,7 @@ STORED_DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 # JSON takes up to 30 times its size in memory. A shard of a 405B model's adapter needs 1.6 MB and 32,000 brackets.
-MAX_JSON_BYTES, MAX_BRACKETS, MAX_DIGITS = 4_000_000, 200_000, 40
+MAX_JSON_BYTES, MAX_BRACKETS, MAX_DIGITS, MAX_DIMENSIONS = 4_000_000, 200_000, 40, 16
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class StoredTensor:
 
 
 def parse_json(data: bytes) -> Any:
-    """Raises ValueError: too large, no JSON, nested too deeply, a key twice in one object, a number without end."""
+    """Raises ValueError: too large, not JSON, nested too deeply, a key twice in an object, a number without end."""
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"{len(data)} bytes of JSON; at most {MAX_JSON_BYTES} are read")
     if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
         raise ValueError(f"more than {MAX_BRACKETS} lists and objects")
     try:
-        return json.loads(data, object_pairs_hook=_without_duplicates, parse_int=_bounded_integer)
+        return json.loads(data.decode(), object_pairs_hook=_without_duplicates, parse_int=_bounded_integer)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -88,10 +88,10 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
         raise ValueError(f"tensor {name[:200]!r} is not described by dtype, shape and data_offsets")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in STORED_DTYPES:
         raise ValueError(f"tensor {name[:200]!r} has the unknown dtype {str(entry['dtype'])[:50]!r}")
-    for key, most in (("shape", 16), ("data_offsets", 2)):
+    for key, lengths in (("shape", range(MAX_DIMENSIONS + 1)), ("data_offsets", (2,))):
         value = entry[key]
         # type() and not isinstance: true is an int too
-        if not isinstance(value, list) or len(value) > most or any(type(n) is not int or n < 0 for n in value):
+        if not isinstance(value, list) or len(value) not in lengths or any(type(n) is not int or n < 0 for n in value):
             raise ValueError(f"tensor {name[:200]!r} has no valid {key}")
     begin, end = entry["data_offsets"]
     return begin, end
