@@ -193,6 +193,14 @@ def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path, name, make):
         format.verify(checkpoint)
 
 
+def test_a_file_name_cannot_write_on_the_terminal(tmp_path):
+    checkpoint = write_checkpoint(tmp_path)
+    (checkpoint / "x\x1b[2J\u202e").touch()
+    with pytest.raises(CheckpointError, match=r"x\\x1b\[2J\\u202e: is not in the manifest") as caught:
+        format.verify(checkpoint)
+    assert str(caught.value).isprintable()
+
+
 def test_a_sealed_checkpoint_verifies(tmp_path):
     checkpoint = write_checkpoint(tmp_path)
     seal(checkpoint)

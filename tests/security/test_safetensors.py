@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from abba import AdapterConfig, inject, load_adapter, save_adapter
 from abba.base_model import load_whole
 from abba.errors import CheckpointError
+from abba.parsing import parse_json
 from abba.storage import SafetensorsFile, Spec, read_json, write_safetensors
 from abba.training.tokens import TokenizedRows
 from tests.distributed.ranks import TINY
@@ -148,6 +149,12 @@ def test_headers_of_100_megabytes(tmp_path, kind):
 )
 def test_headers_that_lie(tmp_path, header):
     refused(write(tmp_path / "x.safetensors", header))
+
+
+def test_numbers_have_an_end():
+    assert parse_json(b"9" * 40) == 10**40 - 1
+    with pytest.raises(ValueError, match="a number of 41 digits"):
+        parse_json(b"9" * 41)
 
 
 def test_the_smallest_files(tmp_path):
