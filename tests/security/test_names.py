@@ -189,7 +189,7 @@ def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path, name, make):
     checkpoint = write_checkpoint(tmp_path)
     (checkpoint / name).unlink()
     make(checkpoint / name)
-    with pytest.raises(CheckpointError, match="is no regular file"):
+    with pytest.raises(CheckpointError, match="is no regular file|leads out of"):
         format.verify(checkpoint)
 
 
