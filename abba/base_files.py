@@ -1,16 +1,14 @@
 """The safetensors files of a base model, and where each tensor lies in them."""
 
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor
 
 from abba.errors import CheckpointError
-from abba.storage import SafetensorsFile, StoredTensor, read_json
+from abba.storage import SafetensorsFile, StoredTensor, read_json, safe_name
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
 class BaseFiles:
@@ -56,11 +54,13 @@ class BaseFiles:
         if (self.directory / INDEX).is_file():
             index = read_json(self.directory / INDEX)
             weight_map = index.get("weight_map") if isinstance(index, dict) else None
-            named = list(weight_map.values()) if isinstance(weight_map, dict) else []
-            safe = [isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in named]
-            if not named or not all(safe):
+            if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{self.directory / INDEX}: does not map tensors to safetensors files beside it")
-            return sorted(set(named))
+            names = sorted({safe_name(name, str(self.directory / INDEX)) for name in weight_map.values()})
+            others = [name for name in names if not name.endswith(".safetensors")]
+            if others:
+                raise CheckpointError(f"{self.directory / INDEX}: names {others[0]}; only safetensors files are opened")
+            return names
         pickles = sorted(path.name for path in self.directory.glob("*.bin"))
         if pickles:
             raise CheckpointError(

@@ -9,9 +9,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.logging import disable_progress_bar
 
+from abba.base_config import check_config, check_tokenizer_config
+from abba.base_files import BaseFiles
 from abba.errors import AbbaError, CheckpointError, RecipeError, first_line
 from abba.storage import is_there
 
@@ -57,15 +67,30 @@ def find_base(name_or_path: str, revision: str | None, setting: str = "model.nam
 
 
 def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer. Its chat template, which is a program, is loaded as text and never run: prompts are our own.
+
+    Raises:
+        CheckpointError: there is none, its class is not one of transformers', or its files are damaged.
+    """
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         # transformers would make up an empty tokenizer, which turns every text into nothing.
         raise CheckpointError(f"{directory}: has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
+    config, own = check_config(directory), check_tokenizer_config(directory)
     with _named(directory, "its tokenizer cannot be loaded"):
+        for name in filter(None, (own.get("tokenizer_class"), config.get("tokenizer_class"))):
+            found = tokenizer_class_from_name(name)
+            if not isinstance(found, type) or not issubclass(found, PreTrainedTokenizerBase):
+                raise CheckpointError(f"{directory}: its tokenizer_class {str(name)[:100]!r} is none of transformers'")
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def load_config(directory: Path) -> PretrainedConfig:
-    """The architecture. Code that a model directory may bring along is never run."""
+    """The architecture. Code that a model directory may bring along is never run.
+
+    Raises:
+        CheckpointError: config.json is missing, cannot be used, or says what `check_config` refuses.
+    """
+    check_config(directory)
     with _named(directory, "its config.json cannot be used"):
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
@@ -87,17 +112,29 @@ def build_empty(directory: Path, dtype: torch.dtype, attention: str) -> PreTrain
 
 
 def load_whole(directory: Path, dtype: torch.dtype, attention: str, **placement: Any) -> PreTrainedModel:
-    """The model with its weights in this one process, in eval mode; for generation and checks, not for training."""
+    """The model with its weights in this one process, in eval mode; for generation and checks, not for training.
+
+    Raises:
+        CheckpointError: config.json is refused, there are no safetensors, or they are damaged or do not fit.
+    """
+    check_config(directory)
+    with BaseFiles(directory):  # every header is checked before the library, which checks less, opens the files
+        pass
     with _named(directory, "cannot be loaded"):
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
             **placement,
-        ).eval()
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:  # filled with random values
+        raise CheckpointError(f"{directory}: {len(missing)} tensors of the model are missing, such as {missing[0]}")
+    return model.eval()
 
 
 def choose_attention(config: PretrainedConfig, wanted: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:

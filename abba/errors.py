@@ -5,6 +5,8 @@ A message is one line: the value, the limit, the way out. Our own mistakes stay 
 
 import sys
 
+MAX_LINE = 2000  # of a message
+
 
 class AbbaError(Exception):
     """Something the user, the cluster or the data did; shown as one line, without a traceback."""
@@ -18,7 +20,7 @@ class AbbaError(Exception):
         return super().__str__()
 
     def __str__(self) -> str:
-        return f"{self.subject}: {self.reason}"
+        return _printable(f"{self.subject}: {self.reason}")
 
 
 class RecipeError(AbbaError):
@@ -68,6 +70,13 @@ class NoProgressError(AbbaError):
 
     exit_code = 76
     subject = "no progress"
+
+
+def _printable(text: str) -> str:
+    """What a file said may be in a message: what would move a terminal's cursor is escaped, what is endless is cut."""
+    lines = (line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in text.split("\n"))
+    shown = "\n".join(lines)
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
 
 
 def first_line(error: BaseException) -> str:

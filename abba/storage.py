@@ -8,33 +8,22 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from abba.errors import CheckpointError
+from abba.errors import AbbaError, CheckpointError
+from abba.parsing import MAX_JSON_BYTES, STORED_DTYPES, StoredTensor, parse_header, parse_json
 
-STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # names that Windows keeps
 
 
 class Spec(NamedTuple):
@@ -95,19 +84,6 @@ def write_safetensors(
     return file.close_synced()
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in its file: dtype, shape and the offset of its first byte."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
 class SafetensorsFile:
     """A safetensors file whose header was checked before anything is allocated; reads ranges with one pread each.
 
@@ -117,10 +93,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+        self._descriptor = open_regular(path)
         try:
             size = os.fstat(self._descriptor).st_size
             self.metadata, self.tensors = self._parse_header(size)
@@ -161,29 +134,14 @@ class SafetensorsFile:
 
     def _parse_header(self, size: int) -> tuple[dict[str, str], dict[str, StoredTensor]]:
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        if size < 8 or length > min(MAX_JSON_BYTES, size - 8):
             raise CheckpointError(
                 f"{self.path}: is truncated or no safetensors file ({size} bytes, its header would need {length + 8})"
             )
         try:
-            header = json.loads(os.pread(self._descriptor, length, 8))
-            metadata = header.pop("__metadata__", {})
-            spans = sorted((tuple(entry["data_offsets"]), name) for name, entry in header.items())
-            tensors, expected = {}, 0
-            for (begin, end), name in spans:
-                dtype, shape = STORED_DTYPES[header[name]["dtype"]], tuple(int(n) for n in header[name]["shape"])
-                if begin != expected or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"tensor {name} does not lie where its shape and neighbours say")
-                tensors[name] = StoredTensor(dtype, shape, 8 + length + begin)
-                expected = end
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: has a damaged header: {error}") from error
-        if 8 + length + expected != size:
-            raise CheckpointError(
-                f"{self.path}: is {size} bytes where its header describes {8 + length + expected}; "
-                "the file is truncated or damaged, fetch it again"
-            )
-        return metadata, tensors
+            return parse_header(os.pread(self._descriptor, length, 8), size - 8 - length)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: has a damaged header: {error}; fetch the file again") from error
 
 
 def write_json(path: Path, value: Any) -> FileEntry:
@@ -193,22 +151,69 @@ def write_json(path: Path, value: Any) -> FileEntry:
 
 
 def read_json(path: Path) -> Any:
-    """Raises CheckpointError when the file is missing or is not JSON."""
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+    """Raises CheckpointError when the file is missing, is not JSON, or is more than any of ours would be."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        try:
+            return parse_json(file.read(MAX_JSON_BYTES + 1))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: is not JSON that can be used: {error}") from error
 
 
 def hash_file(path: Path) -> FileEntry:
+    """Raises CheckpointError when the file cannot be opened."""
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as file:
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
         while block := file.read(1 << 22):
             digest.update(block)
             size += len(block)
     return FileEntry(size, digest.hexdigest())
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor for reading. A pipe in a file's place would be waited for, a directory or device read.
+
+    Raises:
+        CheckpointError: it cannot be opened or is no regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: cannot be opened: {reason}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: is no regular file")
+    return descriptor
+
+
+def safe_name(name: Any, source: str, error: type[AbbaError] = CheckpointError) -> str:
+    """`name`, which was read in `source`, if it is that of a file beside it: letters, digits, `.`, `_`, `-`; no path.
+
+    Raises:
+        error: it is anything else.
+    """
+    plain = isinstance(name, str) and _SAFE_NAME.fullmatch(name) and ".." not in name and not name.endswith(".")
+    if not plain or _DEVICE.fullmatch(name):
+        raise error(f"{source}: {str(name)[:100]!r} is not the plain name of a file beside it")
+    return name
+
+
+def inside(root: Path, path: Path) -> Path:
+    """`path` with every link followed, if that is below `root`.
+
+    A snapshot of the Hub cache is made of links into the `blobs` of its repository; these count as inside it.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
+    try:
+        home, target = root.resolve(), path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        raise CheckpointError(f"{root}: {str(path)[-100:]!r} is no path that can be followed") from error
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(allowed in target.parents for allowed in homes):
+        raise CheckpointError(f"{path}: leads out of {root}, to {target}; put the file itself there")
+    return target
 
 
 def sync_directory(path: Path) -> None:

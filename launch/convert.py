@@ -67,9 +67,7 @@ def main() -> int:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from abba.base_model import find_base
+    from abba.base_model import DTYPES, find_base
     from abba.checkpoint.convert import Form, convert_source, refuse_overlap
     from abba.checkpoint.deepspeed_files import is_deepspeed_checkpoint
     from abba.checkpoint.source import open_source, refuse_missing
@@ -79,7 +77,7 @@ def convert(arguments: argparse.Namespace) -> None:
     refuse_overlap(arguments.destination, arguments.source, "SRC")
     merged = arguments.format == "merged"
     base = find_base(arguments.base, None, "--base") if merged or (arguments.base and arguments.verify) else None
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
     form = Form(arguments.format, arguments.rank, dtype, base if merged else None)
     given = (arguments.strict, arguments.alpha, arguments.base)
     with open_source(arguments.source, lambda line: print(line, file=sys.stderr), *given) as source:

@@ -32,9 +32,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
-        import torch
-
-        from abba.base_model import find_base
+        from abba.base_model import DTYPES, find_base
         from abba.evaluation.score import evaluate
 
         scores = evaluate(
@@ -46,7 +44,7 @@ def main() -> int:
             limit=arguments.limit,
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
-            dtype=getattr(torch, arguments.dtype),
+            dtype=DTYPES[arguments.dtype],
             say=partial(print, flush=True),
         )
     except AbbaError as error:

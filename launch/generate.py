@@ -33,14 +33,12 @@ def main() -> int:
 
 
 def answer(arguments: argparse.Namespace) -> None:
-    import torch
-
     from abba.adapter.linear import bypass
-    from abba.base_model import find_base
+    from abba.base_model import DTYPES, find_base
     from abba.evaluation.generate import generate_greedy, load_for_generation
 
     base = find_base(arguments.model, arguments.revision)
-    model, tokenizer = load_for_generation(base, arguments.adapter, getattr(torch, arguments.dtype))
+    model, tokenizer = load_for_generation(base, arguments.adapter, DTYPES[arguments.dtype])
     prompts = [arguments.prompt] if arguments.prompt is not None else map(str.strip, sys.stdin)
     for prompt in prompts:
         with bypass(model):

@@ -1,16 +1,23 @@
 """Rows of a dataset, from the Hub or a local file, as (instruction, response); unusable ones counted by reason."""
 
+import os
+import re
+import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abba.errors import DataError, first_line
-from abba.storage import is_there
+from abba.errors import AbbaError, DataError, first_line
+from abba.storage import is_there, open_regular
 
 CHUNK = 1000
 LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Anything shorter can be the name of a builder of the library, such as pandas, which reads what lies in this directory.
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+SAMPLE = 4096  # bytes of a file's start
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,18 @@ def _why_bad(fields: list[str], values: list[Any]) -> str | None:
     return None
 
 
+def _check_content(local: Path) -> None:
+    """Refuse what only has the suffix: the library unpacks archives, whatever they are called, into its cache."""
+    with os.fdopen(open_regular(local), "rb") as file:
+        start = file.read(SAMPLE)
+    if LOCAL_FORMATS[local.suffix] == "parquet":
+        right = start.startswith(b"PAR1")
+    else:
+        right = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+    if not right or tarfile.is_tarfile(local) or zipfile.is_zipfile(local):  # both can start like another format
+        raise DataError(f"{local}: cannot be read: its content is not that of a {local.suffix} file")
+
+
 def _open(source: RowSource) -> Any:
     import datasets
 
@@ -88,12 +107,15 @@ def _open(source: RowSource) -> Any:
         if local.suffix in LOCAL_FORMATS:
             if not is_there(local):
                 raise DataError(f"{source.path!r}: no such file (seen from {Path.cwd()})")
+            _check_content(local)
             return datasets.load_dataset(LOCAL_FORMATS[local.suffix], data_files=str(local), split=source.split)
         if is_there(local):
             known = ", ".join(LOCAL_FORMATS)
             raise DataError(f"{source.path!r}: is no dataset file; give one that ends in {known}")
+        if not HUB_NAME.fullmatch(source.path):
+            raise DataError(f"{source.path!r}: is no file here and no Hub dataset, whose names are OWNER/NAME")
         return datasets.load_dataset(source.path, source.name, revision=source.revision, split=source.split)
-    except DataError:
+    except AbbaError:
         raise
     except Exception as error:  # datasets raises errors of arrow, the Hub client, fsspec and its own
         cause = first_line(error.__cause__ or error)

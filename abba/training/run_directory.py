@@ -22,7 +22,7 @@ import yaml
 from abba.adapter.files import refuse_occupied
 from abba.checkpoint.format import list_checkpoints, remove_checkpoints, remove_leftovers
 from abba.errors import CheckpointError, DataError, NoProgressError, RecipeError
-from abba.storage import free_bytes, in_gb, make_directory, read_json, write_json
+from abba.storage import free_bytes, in_gb, is_there, make_directory, read_json, write_json
 from abba.training.run_lock import RunLock
 
 STARTS = 3  # in a row that may end without a new checkpoint
@@ -152,12 +152,10 @@ def wait_for(path: Path) -> None:
         CheckpointError: not even its directory appears; output_dir is not on storage that all nodes share.
     """
     started = time.monotonic()
-    while not path.exists():
-        if time.monotonic() - started > SMALL_FILES_BYTES = 1_000_000  # headers, state, metrics
-SHARED_WITHIN_SECONDS and not path.parent.is_dir():
+    while not is_there(path):
+        if time.monotonic() - started > SHARED_WITHIN_SECONDS and not path.parent.is_dir():
             raise CheckpointError(
-                f"{path.parent}: rank 0 made it {SMALL_FILES_BYTES = 1_000_000  # headers, state, metrics
-SHARED_WITHIN_SECONDS} s ago and it is not here; "
+                f"{path.parent}: rank 0 made it {SHARED_WITHIN_SECONDS} s ago and it is not here; "
                 "put output_dir on storage that all nodes share"
             )
         time.sleep(0.2)

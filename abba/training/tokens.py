@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abba.errors import DataError
+from abba.errors import CheckpointError, DataError
+from abba.parsing import parse_json
 from abba.storage import SafetensorsFile, Spec, hash_file, is_there, write_safetensors
 from abba.text.encode import encode_prompt, encode_response
 from abba.text.prompt import INSTRUCTION_PROMPT
 from abba.text.rows import BadRows, RowSource, usable_rows
 
 FORMAT_VERSION = 1
+LAYOUT = {"input_ids": torch.int32, "stops": torch.int64, "prompts": torch.int64, "sources": torch.int64}
 
 
 def tokens_path(source: RowSource, max_length: int, max_bad_rows: int, tokenizer: Any, directory: Path) -> Path:
@@ -83,16 +85,32 @@ def prepare_tokens(source: RowSource, max_length: int, max_bad_rows: int, tokeni
 
 
 class TokenizedRows:
-    """The rows of a tokens file, read into memory: 4 bytes a token."""
+    """The rows of a tokens file, read into memory: 4 bytes a token.
+
+    Raises:
+        CheckpointError: the file is damaged, or is no tokens file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with SafetensorsFile(path) as file:
-            self.notes: list[str] = json.loads(file.metadata["notes"])  # what was left out or cut
-            self._ids, self._stops, self._prompts, self.sources = (
-                file.read_full(name) for name in ("input_ids", "stops", "prompts", "sources")
-            )
+            found = {name: (stored.dtype, len(stored.shape)) for name, stored in file.tensors.items()}
+            if found != {name: (dtype, 1) for name, dtype in LAYOUT.items()}:
+                raise CheckpointError(f"{path}: is no tokens file: it should hold {', '.join(LAYOUT)}; delete it")
+            self._ids, self._stops, self._prompts, self.sources = (file.read_full(name) for name in LAYOUT)
+            said = file.metadata.get("notes", "[]")
         self._starts = torch.cat([self._stops.new_zeros(1), self._stops[:-1]])
+        lengths = self._stops - self._starts
+        rows = {len(self._stops), len(self._prompts), len(self.sources)}
+        if len(rows) > 1 or not len(lengths) or self._stops[-1] != len(self._ids) or self._ids.min() < 0:
+            raise CheckpointError(f"{path}: its tensors do not belong together; delete it")
+        if (lengths < 1).any() or (self._prompts < 0).any() or (self._prompts >= lengths).any():
+            raise CheckpointError(f"{path}: has rows that end before they start; delete it")
+        try:
+            notes = parse_json(said.encode())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: its notes are damaged: {error}; delete it") from error
+        self.notes = [str(note) for note in notes] if isinstance(notes, list) else []  # what was left out or cut
 
     @property
     def largest_id(self) -> int:

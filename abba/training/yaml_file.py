@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
-from abba.errors import RecipeError
+from abba.errors import RecipeError, first_line
+from abba.storage import safe_name
 
-MAX_BYTES, MAX_DEPTH, MAX_EXTENDS = 1_000_000, 20, 8
+MAX_BYTES, MAX_DEPTH, MAX_EXTENDS = 40_000, 20, 8  # 40 kB take up to a second to parse
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,7 +76,7 @@ def parse_yaml(text: str, source: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise RecipeError(f"{source}: line {line}: is not YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{source}: is not YAML: {error}") from None
+        raise RecipeError(f"{source}: is not YAML: {first_line(error)}") from None
 
 
 def read_recipe_file(path: Path, overrides: list[str]) -> dict[str, Any]:
@@ -117,11 +118,12 @@ def _read_extended(path: Path, chain: list[Path]) -> dict[str, Any]:
     if path.resolve() in chain or len(chain) >= MAX_EXTENDS:
         raise RecipeError(f"{path}: extends itself, over {len(chain)} files")
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > MAX_BYTES:
-        raise RecipeError(f"{path}: is {len(data)} bytes; a recipe has at most {MAX_BYTES}")
+        raise RecipeError(f"{path}: is longer than {MAX_BYTES} bytes, which no recipe needs")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -134,9 +136,11 @@ def _read_extended(path: Path, chain: list[Path]) -> dict[str, Any]:
         return raw
     if not isinstance(parent, str):
         raise RecipeError(f"{path}: extends: {parent!r} is not the name of a recipe beside it")
-    base = path.parent / parent
+    base = path.parent / safe_name(parent, f"{path}: extends", RecipeError)
     if not base.is_file() and base.suffix != ".yaml":
         base = base.with_name(base.name + ".yaml")
+    if not base.is_file():  # a pipe would be waited for
+        raise RecipeError(f"{path}: extends: {base} cannot be read: it is no file")
     return _merged(_read_extended(base, [*chain, path.resolve()]), raw)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -173,6 +173,40 @@ def test_each_row_once_per_epoch_in_the_same_order_at_any_world_size(rows, micro
             by_rank = [plan.micro_batches(step, rank, world) for rank in range(world)]
             joined = [by_rank[index % world][index // world] for index in range(groups)]
             assert [row for group in joined for row in group] == plan.global_rows(step)
+
+
+@given(
+    rows=st.integers(8, 60),
+    groups=st.sampled_from([1, 2, 4, 8]),
+    micro=st.integers(1, 3),
+    seed=st.integers(0, 2**31 - 1),
+    eval_rows=st.integers(0, 3),
+    lives=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 9), st.integers(1, 6)), max_size=8),
+)
+@settings(max_examples=500, deadline=None)
+def test_no_chain_of_kills_and_resizes_loses_or_repeats_a_row(rows, groups, micro, seed, eval_rows, lives):
+    """A life: world size, steps until it is killed, steps between saves. What came after a save is done again."""
+    training, held_out = split_rows(rows + eval_rows, eval_rows, seed)
+    assume(len(training) >= micro * groups)
+    steps = 2 * rows // (micro * groups) + 1  # two epochs and more
+    kept: list[list[int]] = []  # the rows of each step that a checkpoint holds
+    for world, survived, save_every in [*lives, (1, steps, steps)]:  # the last one runs to the end
+        world = max(size for size in range(1, world + 1) if groups % size == 0)
+        done = list(kept)
+        for step in range(len(kept), min(steps, len(kept) + survived)):
+            # Nothing but the checkpoint's step outlives a process: each life plans anew.
+            plan = BatchPlan(training, micro * groups, micro, seed)
+            ranks = [plan.micro_batches(step, rank, world) for rank in range(world)]
+            assert len({len(batches) for batches in ranks}) == 1, "all ranks take as many micro-batches"
+            done.append([row for batches in zip(*ranks, strict=True) for batch in batches for row in batch])
+            if (step + 1) % save_every == 0 or step + 1 == steps:
+                kept = list(done)
+    order = [row for batch in kept for row in batch]
+    assert len(kept) == steps and not set(order) & set(held_out)
+    for start in range(0, len(order), len(training)):
+        epoch = order[start : start + len(training)]
+        assert len(set(epoch)) == len(epoch)
+        assert len(epoch) < len(training) or sorted(epoch) == training
 
 
 def test_too_few_rows_are_refused_and_steps_cover_every_row():

@@ -1,14 +1,20 @@
 """Recipes: what is accepted, and that each mistake is named with its way out."""
 
+import os
+import random
+import re
+import resource
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from abba.errors import RecipeError
-from abba.training.recipe import load_recipe
+from abba.training.recipe import Recipe, load_recipe
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 GOOD = """
@@ -145,8 +151,8 @@ def test_text_that_is_not_utf8_and_huge_files_are_refused(tmp_path):
     (tmp_path / "bad.yaml").write_bytes(b"a: \xff\n")
     with pytest.raises(RecipeError, match="is not UTF-8"):
         load_recipe("bad", [], tmp_path)
-    (tmp_path / "huge.yaml").write_bytes(b"# " + b"x" * 1_100_000)
-    with pytest.raises(RecipeError, match="at most 1000000"):
+    (tmp_path / "huge.yaml").write_bytes(b"# " + b"x" * 41_000)
+    with pytest.raises(RecipeError, match="longer than 40000 bytes"):
         load_recipe("huge", [], tmp_path)
 
 
@@ -156,6 +162,120 @@ def test_a_missing_recipe_names_the_nearest(tmp_path):
     assert "did you mean quickstart?" in str(error.value)
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe("x" * 300, [], SHIPPED)
+
+
+MUTATIONS = int(os.environ.get("ABBA_RECIPE_MUTATIONS", "500"))  # 5000 for the full matrix
+VALUES = [
+    "", "~", "true", "no", "yes", "0", "-1", "1e400", "-1e-400", ".nan", ".inf", "-.inf", "010", "0x10", "1_000",
+    "9" * 30, "9" * 5000, "1e-4", "'1e-4'", "2026-11-22", "[]", "{}", "[1, [2, [3]]]", "{a: {b: {c: 1}}}", "\U0001f600",
+    "1:30:00", "'\u202e'",
+    "'" + "x" * 2000 + "'", "a\tb", "null", "!!str x", "*a", "&a 1", "'", '"', "|", ">", "%", "@x", "`x`",
+    "[" * 30, "- - -", "x: y: z", "'\\0'", '"\\0"', '"\\n"', "/", "~/x", "../../x", "-rf", "all-linear", "(a+)+$",
+]  # fmt: skip
+WHOLE = (
+    GOOD + "  max_steps: 3\n  adam_beta1: 0.9\nadapter:\n  r1: 4\n  target_modules: [q_proj]\n  layer_range: [0, 2]\n"
+)
+WHOLE += "deepspeed:\n  zero_optimization:\n    stage3_max_live_parameters: 0\ncheckpoint:\n  save_steps: 4\n"
+
+
+def mutate(lines, draw):
+    """Drop, rename, retype, nest, repeat, move or break a line, as one does who edits a recipe."""
+    at = draw.randrange(len(lines))
+    key, colon, value = lines[at].partition(":")
+    kind = draw.randrange(9)
+    if kind == 0:
+        return lines[:at] + lines[at + 1 :]
+    if kind == 1:
+        place = draw.randrange(len(key) + 1)
+        changed = key[:place] + draw.choice("abz_-.: é\0\U0001f600") + key[place + draw.randrange(2) :]
+    elif kind in (2, 3):
+        changed, value = key, " " + draw.choice(VALUES)
+    elif kind == 4:
+        changed, value = key, f"\n    nested:{value or ' 1'}"
+    elif kind == 5:
+        return [*lines[: at + 1], *lines[at:]]
+    elif kind == 6:
+        return lines[:at] + lines[at + 1 :] + [lines[at]]
+    elif kind == 7:
+        changed = " " * draw.randrange(6) + key.strip()
+    else:
+        text = "\n".join(lines)
+        start, stop = sorted(draw.randrange(len(text)) for _ in range(2))
+        return (text[:start] + draw.choice(["", text[start:stop] * 2, "\x07", "\t", "{", "]"]) + text[stop:]).split(
+            "\n"
+        )
+    return [*lines[:at], f"{changed}{colon}{value}", *lines[at + 1 :]]
+
+
+def test_edited_recipes_load_or_are_refused_quickly_and_in_little_memory(tmp_path):
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    draw, outcome, before = random.Random(seed), Counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(MUTATIONS):
+        lines = [line for line in WHOLE.split("\n") if line]
+        for _ in range(draw.randint(1, 3)):
+            lines = mutate(lines, draw) or ["x: 1"]
+        (tmp_path / "mine.yaml").write_text("\n".join(lines), encoding="utf-8")
+        started = time.process_time()
+        try:
+            recipe = load_recipe("mine", [], tmp_path)
+            assert load_recipe("mine", [], tmp_path) == recipe
+            outcome["loaded"] += 1
+        except RecipeError as error:
+            outcome["refused"] += 1
+            said = str(error)
+        else:
+            said = ""
+        assert time.process_time() - started < 1, lines
+        assert all(line.isprintable() and len(line) < 3000 for line in said.split("\n"))
+    print(outcome)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
+    assert outcome["loaded"] and outcome["refused"], outcome
+
+
+@pytest.mark.parametrize("text", ["#" * 10**6, "a: " + "[" * 10**6, "x" * 10**6, "a: 1\n" * 200_000, "- " * 500_000])
+def test_recipes_of_a_megabyte_are_refused_at_once(tmp_path, text):
+    started = time.process_time()
+    assert "longer than 40000 bytes" in message(tmp_path, text)
+    assert time.process_time() - started < 0.2
+
+
+def every_key(model=Recipe, prefix=""):
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        yield f"{prefix}{name}"
+        for kind in inner:
+            yield from every_key(kind, f"{prefix}{name}.")
+
+
+def single_edits(word):
+    """Drop a letter, double one, swap two, or hit the key beside it."""
+    for place in range(len(word)):
+        yield word[:place] + word[place + 1 :]
+        yield word[:place] + word[place] + word[place:]
+        yield word[:place] + "q" + word[place + 1 :]
+        if word[place : place + 2] != word[place : place + 2][::-1]:
+            yield word[:place] + word[place + 1 : place + 2] + word[place] + word[place + 2 :]
+
+
+def test_the_suggestion_for_a_misspelt_key_is_right(tmp_path):
+    """Every single edit of every key: at least 95 of 100 lead back to the key."""
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    keys = sorted(every_key())
+    right = wrong = 0
+    for key in keys:
+        section, _, last = key.rpartition(".")
+        for edited in sorted(set(single_edits(last)))[:: max(1, len(last) // 4)]:
+            misspelt = f"{section}.{edited}" if section else edited
+            if misspelt in keys or not re.fullmatch(r"[a-z0-9_]+", edited):
+                continue
+            with pytest.raises(RecipeError) as error:
+                load_recipe("mine", [f"{misspelt}=1"], tmp_path)
+            found = f"{misspelt}: unknown key; did you mean {last}?" in str(error.value)
+            right, wrong = right + found, wrong + (not found)
+    print(f"{right} of {right + wrong}")
+    assert right + wrong > 300 and right >= 0.95 * (right + wrong), f"{right} of {right + wrong}"
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

@@ -60,7 +60,7 @@ def save_fast_tokenizer(directory: Path) -> None:
     config |= {"model_max_length": 1024, "clean_up_tokenization_spaces": False}
     text = json.dumps(config, indent=2) + "\n"
     (directory / "tokenizer_config.json").write_text(text)
-    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(directory, trust_remote_code=False).save_pretrained(directory)
     # Written again: the conversion lists the newline, << >> and #### as special tokens, which they are not.
     (directory / "tokenizer_config.json").write_text(text)
 
