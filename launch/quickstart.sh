@@ -14,8 +14,8 @@ echo "== 1/4 train: deepspeed --num_gpus 2 launch/train.py --recipe quickstart.y
 deepspeed --num_gpus 2 --master_port $((20000 + $$ % 20000)) --log_level error launch/train.py --recipe quickstart.yaml \
     output_dir="$run" checkpoint.resume=never overwrite_output_dir=true
 
-echo "== 2/4 convert: python launch/convert.py $run $run/lora --format lora --verify --base $tiny"
-python launch/convert.py "$run" "$run/lora" --format lora --verify --base "$tiny" --force
+echo "== 2/4 convert: python launch/convert.py $run $run-lora --format lora --verify --base $tiny"
+python launch/convert.py "$run" "$run-lora" --format lora --verify --base "$tiny" --force
 
 echo "== 3/4 score: python launch/evaluate.py --model $tiny [--adapter $run/adapter] --task gsm8k --data ...test.jsonl"
 for name in base adapter; do
@@ -28,4 +28,4 @@ echo "== 4/4 ask: python launch/generate.py --model $tiny --adapter $run/adapter
 python launch/generate.py --model "$tiny" --adapter "$run/adapter" --max-new-tokens 40 \
     --prompt "Ann had some pens. Then Ann bought 5 more. Now Ann has 17 pens. How many pens did Ann have at first?"
 
-echo "== done in $(($(date +%s) - started)) s; the adapter is $run/adapter, its LoRA form $run/lora"
+echo "== done in $(($(date +%s) - started)) s; the adapter is $run/adapter, its LoRA form $run-lora"

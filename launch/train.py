@@ -183,6 +183,7 @@ def silent(line: str) -> None:
 
 
 def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable[[str], None]) -> None:
+    from abba.adapter.files import rewrite_card
     from abba.base_model import DTYPES
     from abba.evaluation.score import evaluate
 
@@ -197,6 +198,7 @@ def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable
         say=say,
         **wanted,
     )
+    rewrite_card(adapter, scores)
     say(f"score: {scores['task']} exact match {scores['exact_match']:.1f}% of {scores['n']}; {output}/scores.json")
 
 

@@ -80,14 +80,11 @@ def _training(provenance: Mapping[str, Any]) -> list[str]:
     if provenance.get("step") is not None:
         parts.append(f"After optimizer step {provenance['step']}, on {provenance.get('world_size')} rank(s).")
     fingerprint = provenance.get("fingerprint") or {}
-    for title, key in (("Recipe", "recipe"), ("Software", "software")):
-        if provenance.get(key):
-            parts += [f"{title}:", _block(provenance[key])]
-    if not provenance.get("recipe") and fingerprint:
-        parts += ["Settings:", _block(fingerprint)]
-    elif fingerprint:
-        known = {key: fingerprint.get(key, {}) for key in ("data", "model")}
-        parts += ["Data and base, by content:", _block(known)]
+    if provenance.get("recipe"):
+        parts += ["Recipe:", _block(provenance["recipe"])]
+    if fingerprint:
+        known = {key: fingerprint.get(key, {}) for key in ("data", "model", "software")}
+        parts += ["Data and base by content, and software:", _block(known)]
     return parts
 
 

@@ -23,7 +23,7 @@ CHECKPOINTS, SCORES = "checkpoints", Path("evaluation") / "scores.json"  # in a 
 class FactorSource:
     """An opened checkpoint: what its adapter is, and the fp32 factors of one module at a time.
 
-    provenance: JSON values that say what made it: step, world_size, and where known fingerprint, recipe, software.
+    provenance: JSON values that say what made it: step, world_size, and for ours recipe and fingerprint.
     """
 
     directory: Path
@@ -106,7 +106,7 @@ def open_source(
         RecipeError: alpha is missing, or given twice.
         CheckpointError: `source` is none of them, or damaged.
     """
-    if is_deepspeed_checkpoint(source):
+    if is_deepspeed_checkpoint(source) or (source / "latest").is_file():
         if alpha is None:
             raise RecipeError(f"{source}: is a checkpoint of DeepSpeed's, which knows no alpha; add --alpha")
         opened = open_deepspeed(source, alpha, base_model)
@@ -123,10 +123,7 @@ def open_source(
 def open_checkpoint(directory: Path) -> Iterator[FactorSource]:
     """A verified checkpoint of ours: its fp32 masters."""
     state = read_state(directory)
-    known = {
-        key: getattr(state, key, None) for key in ("step", "world_size", "seed", "recipe", "fingerprint", "software")
-    }
-    provenance = {key: value for key, value in known.items() if value is not None}
+    provenance = {key: getattr(state, key) for key in ("step", "world_size", "recipe", "fingerprint")}
     with ShardReader(directory, state) as reader:
         read = partial(reader.read, KINDS[0])
         yield FactorSource(directory, state.adapter, state.modules, state.base_model, provenance, read)

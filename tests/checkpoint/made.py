@@ -47,7 +47,7 @@ def write_checkpoint(
         entries.append(format.write_shard(temporary, rank, world, slices))
         del slices
     whole = {"step": step, "world_size": world, "seed": 0, "base_model": base_model, "modules": dict(modules)}
-    whole |= {"adapter": config.__dict__, "tensors": shapes, "fingerprint": {}, "software": {}}
+    whole |= {"adapter": config.__dict__, "tensors": shapes, "fingerprint": {}, "recipe": {}}
     format.commit(final, {**whole, **state}, entries)
     return final
 

@@ -73,25 +73,16 @@ def test_a_destination_among_the_checkpoints_is_refused(tmp_path):
 
 
 def test_a_card_says_what_made_the_adapter(tmp_path):
-    known = {"fingerprint": {"train": {"learning_rate": 0.5}, "data": {"tokens": "abc"}}, "software": {"torch": "9.9"}}
+    known = {"fingerprint": {"data": {"tokens": "abc"}, "software": {"torch": "9.9"}}}
+    known["recipe"] = {"train": {"learning_rate": 0.5}, "data": {"path": "```\n# evil"}}
     checkpoint = write_checkpoint(tmp_path / "checkpoints", CONFIG, MODULES, 12, base_model="a/base", **known)
     convert(checkpoint, tmp_path / "adapter")
     card = (tmp_path / "adapter/README.md").read_text()
     for said in ('base_model: "a/base"', "r1 = 3, r2 = 2, alpha = 4", "step 12, on 2 rank(s)", '"learning_rate": 0.5',
                  '"tokens": "abc"', '"torch": "9.9"', 'from_pretrained("a/base")'):  # fmt: skip
         assert said in card
-    assert str(tmp_path) not in card
+    assert str(tmp_path) not in card and "\n# evil" not in card
     assert read_description(tmp_path / "adapter").provenance["step"] == 12
-
-
-def test_a_resolved_recipe_takes_the_place_of_the_fingerprint(tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "checkpoints", CONFIG, MODULES, fingerprint={"train": {"a": 1}})
-    with open_checkpoint(checkpoint) as source:
-        source.provenance["recipe"] = {"train": {"learning_rate": 0.25}, "data": {"path": "```\n# evil"}}
-        convert_source(source, tmp_path / "adapter", Form())
-    card = (tmp_path / "adapter/README.md").read_text()
-    assert "Recipe:" in card and '"learning_rate": 0.25' in card and '"a": 1' not in card
-    assert "\n# evil" not in card
 
 
 @pytest.mark.parametrize("step, shown", [(4, True), (5, False), (None, False)])

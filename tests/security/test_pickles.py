@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from abba import AdapterConfig, inject, load_adapter, save_adapter
 from abba.base_model import find_base, load_config, load_tokenizer, load_whole
 from abba.checkpoint import format
-from abba.checkpoint.convert import convert, find_checkpoint
+from abba.checkpoint.convert import convert
+from abba.checkpoint.source import find_checkpoint
 from abba.errors import AbbaError, CheckpointError, DataError
 from abba.text.rows import BadRows, usable_rows
 from abba.training.recipe import load_recipe

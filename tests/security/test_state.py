@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from abba.checkpoint.convert import convert, find_checkpoint
+from abba.checkpoint.convert import convert
+from abba.checkpoint.source import find_checkpoint
 from abba.errors import CheckpointError
 from tests.checkpoint.test_format import write_checkpoint
 from tests.security.payloads import seal
