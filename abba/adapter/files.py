@@ -37,7 +37,7 @@ from abba.adapter.inject import check_factors, inject
 from abba.adapter.linear import abba_modules
 from abba.adapter.truncate import truncate
 from abba.errors import CheckpointError
-from abba.storage import Spec, read_json, write_json, write_safetensors
+from abba.storage import SafetensorsFile, Spec, inside, read_json, write_json, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ def verify_adapter(directory: Path) -> AdapterSummary:
     if description.format not in ADAPTER_FORMATS:
         raise CheckpointError(f"{directory}: is a {description.format} model and no adapter; it loads by itself")
     path = directory / WEIGHTS
+    for name in (WEIGHTS, PEFT_CONFIG, ABBA_CONFIG):
+        inside(directory, directory / name)
     peft = read_json(directory / PEFT_CONFIG)
     if not isinstance(peft, dict):
         raise CheckpointError(f"{directory / PEFT_CONFIG}: is no PEFT configuration")
@@ -234,6 +236,7 @@ def _kept_energy(energies: Mapping[str, tuple[float, float]]) -> KeptEnergy:
 
 def opened(path: Path) -> safe_open:
     """Open a file with the safetensors library; CheckpointError if that fails."""
+    SafetensorsFile(path).close()  # it bounds the header before it is believed
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:

@@ -30,6 +30,7 @@ from abba.storage import (
     SafetensorsFile,
     Spec,
     hash_file,
+    inside,
     publish_directory,
     read_json,
     sync_directory,
@@ -88,6 +89,8 @@ def verify(directory: Path, rank: int = 0, world_size: int = 1) -> None:
         CheckpointError: names the file that is missing, extra or changed.
     """
     files = _manifest_files(directory)
+    for name in (MANIFEST, *files):
+        inside(directory, directory / name)
     present = {path.name for path in directory.iterdir()}
     for name in sorted(present ^ (files.keys() | {MANIFEST})):
         raise CheckpointError(f"{directory / name}: {'is not in the manifest' if name in present else 'is missing'}")
@@ -128,9 +131,10 @@ def rotate(root: Path, keep: int, newest: int) -> None:
     for directory in present.keys() - set(kept):
         # Renamed first: a name that is listed always stands for a whole checkpoint.
         doomed = temporary_directory(directory)
-        shutil.rmtree(doomed, ignore_errors=True)
+        if doomed.exists():
+            _remove(doomed)
         directory.rename(doomed)
-        shutil.rmtree(doomed)
+        _remove(doomed)
     sync_directory(root)
 
 
@@ -138,7 +142,7 @@ def remove_leftovers(root: Path) -> list[Path]:
     """Delete what killed saves and rotations left behind; returns it. Only for the owner of the run directory."""
     leftovers = [path for path in _children(root) if _LEFTOVER.fullmatch(path.name)]
     for path in leftovers:
-        shutil.rmtree(path)
+        _remove(path)
     return leftovers
 
 
@@ -165,12 +169,29 @@ def read_state(directory: Path) -> CheckpointState:
     try:
         if raw.pop("format_version") != FORMAT_VERSION:
             raise ValueError(f"only version {FORMAT_VERSION} can be read")
-        raw["modules"] = {name: tuple(map(int, shape)) for name, shape in raw["modules"].items()}
-        raw["tensors"] = {name: tuple(map(int, shape)) for name, shape in raw["tensors"].items()}
+        raw["modules"] = {name: tuple(shape) for name, shape in raw["modules"].items()}
+        raw["tensors"] = {name: tuple(shape) for name, shape in raw["tensors"].items()}
         raw["adapter"] = AdapterConfig(**raw["adapter"])
-        return CheckpointState(**raw)
+        state = CheckpointState(**raw)
+        _check_state(state)
+        return state
     except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
         raise CheckpointError(f"{directory / STATE}: does not describe a checkpoint: {error}") from error
+
+
+def _check_state(state: CheckpointState) -> None:
+    """Hashes only prove that files are those of the manifest; whoever can write one can write both."""
+    numbers = [state.step, state.world_size, *(n for shape in state.modules.values() for n in shape)]
+    if any(type(n) is not int or not 0 <= n < 2**40 for n in numbers) or state.world_size < 1:
+        raise ValueError("step, world_size or a module's size is no such number")
+    if not isinstance(state.base_model, str):
+        raise ValueError("base_model is no text")
+    r1, r2, expected = state.adapter.r1, state.adapter.r2, {}
+    for name, (out, into) in state.modules.items():
+        shapes = {"A1": (r1, into), "B1": (out, r1), "A2": (r2, into), "B2": (out, r2)}
+        expected |= {f"{name}.{factor}": shape for factor, shape in shapes.items()}
+    if state.tensors != expected or not expected:
+        raise ValueError("its tensors are not the factors of its modules")
 
 
 class ShardReader:
@@ -229,7 +250,15 @@ def remove_checkpoints(root: Path) -> None:
     """Delete every checkpoint of `root`, and what killed saves left behind; nothing else."""
     for path in list(_children(root)):
         if _STEP.fullmatch(path.name.removesuffix(".tmp")):
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(directory: Path) -> None:
+    """A link is removed, what it leads to is not."""
+    if directory.is_symlink():
+        directory.unlink()
+    else:
+        shutil.rmtree(directory)
 
 
 def _manifest_files(directory: Path) -> dict[str, FileEntry]:

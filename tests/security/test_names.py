@@ -164,7 +164,6 @@ def swap_for_link(path: Path, outside: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*SHARDS, "state.json", "manifest.json"])
-@pytest.mark.xfail(strict=True, reason="format.verify does not call storage.inside yet")
 def test_a_link_out_of_a_checkpoint_is_refused(tmp_path, name):
     checkpoint = write_checkpoint(tmp_path / "checkpoints")
     swap_for_link(checkpoint / name, tmp_path)
@@ -173,7 +172,6 @@ def test_a_link_out_of_a_checkpoint_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "abba_config.json"])
-@pytest.mark.xfail(strict=True, reason="adapter.files does not call storage.inside yet")
 def test_a_link_out_of_an_adapter_is_refused(tmp_path, name):
     model = tiny_model()
     inject(model, AdapterConfig(2, 2))

@@ -51,7 +51,6 @@ def test_what_a_state_may_not_say(tmp_path, key, value):
     ],
     ids=lambda value: str(value)[:30],
 )
-@pytest.mark.xfail(strict=True, reason="format.read_state does not check that the fields belong together yet")
 def test_fields_of_a_state_belong_together(tmp_path, key, value):
     refused(tmp_path, key, value)
 
