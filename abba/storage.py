@@ -144,9 +144,14 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: has a damaged header: {error}; fetch the file again") from error
 
 
+def json_bytes(value: Any) -> bytes:
+    """A JSON value as `write_json` writes it: there is one way, so that every changed byte can be noticed."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> FileEntry:
     file = _HashingFile(path)
-    file.write((json.dumps(value, indent=2) + "\n").encode())
+    file.write(json_bytes(value))
     return file.close_synced()
 
 

@@ -5,7 +5,7 @@
         shard-00001-of-00002.safetensors   `master/NAME` in fp32 and the Adam moments `exp_avg/NAME`, `exp_avg_sq/NAME`;
                                            the rank's random state as `rng/cpu`, `rng/cuda`
         state.json                         step, adapter, tensor shapes, fingerprints
-        manifest.json                      size and SHA-256 of every other file; written last
+        manifest.json                      size and SHA-256 of every other file, and of itself; written last
 
 Written into step-000100.tmp/ and renamed when every file is on disk, so that a directory of that name is whole. The
 frozen base is never in it.
@@ -23,6 +23,15 @@ import torch
 from torch import Tensor
 
 from abba.adapter.config import AdapterConfig
+from abba.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    STATE,
+    STEP_NAME,
+    read_manifest,
+    shard_name,
+    write_manifest,
+)
 from abba.checkpoint.slices import overlapping, slice_bounds
 from abba.errors import CheckpointError, RecipeError
 from abba.storage import (
@@ -38,11 +47,8 @@ from abba.storage import (
     write_safetensors,
 )
 
-FORMAT_VERSION = 1
-MANIFEST, STATE = "manifest.json", "state.json"
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
-_STEP = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"step-\d{6,}\.tmp|\.step-\d{6,}\.replaced-\d+")  # see temporary_directory, publish_directory
 
 
@@ -52,10 +58,6 @@ def step_directory(root: Path, step: int) -> Path:
 
 def temporary_directory(final: Path) -> Path:
     return final.with_name(final.name + ".tmp")
-
-
-def shard_name(rank: int, world_size: int) -> str:
-    return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def write_shard(directory: Path, rank: int, world_size: int, slices: Iterable[tuple[str, Tensor]]) -> FileEntry:
@@ -72,13 +74,7 @@ def commit(final: Path, state: Mapping[str, Any], shards: list[FileEntry]) -> No
     world_size = len(shards)
     files = {shard_name(rank, world_size): entry for rank, entry in enumerate(shards)}
     files[STATE] = write_json(temporary / STATE, {"format_version": FORMAT_VERSION, **state})
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "step": state["step"],
-        "world_size": world_size,
-        "files": {name: entry._asdict() for name, entry in files.items()},
-    }
-    write_json(temporary / MANIFEST, manifest)
+    write_manifest(temporary, state["step"], world_size, files)
     publish_directory(temporary, final)
 
 
@@ -88,7 +84,7 @@ def verify(directory: Path, rank: int = 0, world_size: int = 1) -> None:
     Raises:
         CheckpointError: names the file that is missing, extra or changed.
     """
-    files = _manifest_files(directory)
+    files = read_manifest(directory)
     for name in (MANIFEST, *files):
         inside(directory, directory / name)
     present = {path.name for path in directory.iterdir()}
@@ -249,7 +245,7 @@ class ShardReader:
 def remove_checkpoints(root: Path) -> None:
     """Delete every checkpoint of `root`, and what killed saves left behind; nothing else."""
     for path in list(_children(root)):
-        if _STEP.fullmatch(path.name.removesuffix(".tmp")):
+        if STEP_NAME.fullmatch(path.name.removesuffix(".tmp")):
             _remove(path)
 
 
@@ -261,29 +257,8 @@ def _remove(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def _manifest_files(directory: Path) -> dict[str, FileEntry]:
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: is no directory")
-    raw = read_json(directory / MANIFEST)
-    try:
-        if raw["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"only version {FORMAT_VERSION} can be read")
-        files = {name: FileEntry(int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
-        if len(files) != int(raw["world_size"]) + 1:  # before the names of a world that never was are built
-            raise ValueError(f"it lists {len(files)} files for {raw['world_size']} shards and {STATE}")
-        expected = {shard_name(rank, raw["world_size"]) for rank in range(int(raw["world_size"]))} | {STATE}
-        if files.keys() != expected:
-            raise ValueError(f"it does not list exactly the {raw['world_size']} shards and {STATE}")
-        match = _STEP.fullmatch(directory.name.removesuffix(".tmp"))
-        if match and int(match[1]) != raw["step"]:
-            raise ValueError(f"it belongs to step {raw['step']}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{directory / MANIFEST}: is not its manifest: {error}") from error
-    return files
-
-
 def _numbered(root: Path) -> list[tuple[int, Path]]:
-    return sorted((int(match[1]), path) for path in _children(root) if (match := _STEP.fullmatch(path.name)))
+    return sorted((int(match[1]), path) for path in _children(root) if (match := STEP_NAME.fullmatch(path.name)))
 
 
 def _children(root: Path) -> Iterator[Path]:

@@ -30,16 +30,6 @@ def test_a_saved_adapter_can_be_started_from(tmp_path, arguments, runs):
     assert read_metrics(tmp_path / "run")[0]["loss"] < read_metrics(run)[1]["loss"]
 
 
-@pytest.mark.parametrize("where", ["shard", "commit"])
-def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_no_half_checkpoint(tmp_path, arguments, where):
-    program = ["tests/distributed/fail_save.py", where, *arguments(tmp_path / "run", *ARGUMENTS)]
-    finished = run_ranks(tmp_path / "ranks", [[*program], [*program]])
-    assert [rank.returncode for rank in finished] == [66, 66], finished[0].stderr
-    speaker = finished[1 if where == "shard" else 0].stderr
-    assert "No space left on device" in speaker and "Traceback" not in "".join(rank.stderr for rank in finished)
-    assert list((tmp_path / "run/checkpoints").iterdir()) == []
-
-
 def test_ranks_that_wait_for_the_data_learn_that_rank_0_failed(tmp_path, arguments):
     """As under a bare srun, which leaves the others running when one rank exits."""
     command = ["launch/train.py", *arguments(tmp_path / "run", "data.path=nowhere.jsonl")]

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 import train as program
 
 import abba.checkpoint.format
+import abba.checkpoint.manifest
 import abba.storage
 import abba.training.loop
 
@@ -130,7 +131,7 @@ def watch_files() -> None:
 
     wrap(os, "fsync", before_fsync)
     wrap(os, "rename", before_rename)
-    wrap(abba.checkpoint.format, "write_json", lambda path, _: path.name == "manifest.json" and reach("manifest"))
+    wrap(abba.checkpoint.manifest, "write_json", lambda *_: reach("manifest"))
     wrap(abba.checkpoint.format.shutil, "rmtree", before_rmtree)
     wrap(abba.checkpoint.format.ShardReader, "read_range", lambda *_: reach("read"))
 

@@ -1,6 +1,5 @@
 """Files that run code when they are opened carelessly: what they run leaves a canary."""
 
-import hashlib
 import io
 import json
 import os
@@ -9,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from abba.checkpoint.manifest import write_manifest
+from abba.storage import hash_file
 
 
 class _Touch:
@@ -68,12 +70,9 @@ def open_carelessly(data: bytes) -> None:
 
 def seal(checkpoint: Path) -> None:
     """Make a checkpoint's manifest true of its files, as someone who can write there would."""
-    path = checkpoint / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for name in manifest["files"]:
-        data = (checkpoint / name).read_bytes()
-        manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    path.write_text(json.dumps(manifest))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    files = {name: hash_file(checkpoint / name) for name in manifest["files"]}
+    write_manifest(checkpoint, manifest["step"], manifest["world_size"], files)
 
 
 def tree(root: Path) -> list[str]:

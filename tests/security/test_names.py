@@ -12,8 +12,9 @@ from abba import AdapterConfig, inject, load_adapter, save_adapter
 from abba.base_files import BaseFiles
 from abba.base_model import load_whole
 from abba.checkpoint import format
+from abba.checkpoint.manifest import write_manifest
 from abba.errors import CheckpointError, RecipeError
-from abba.storage import inside, safe_name
+from abba.storage import hash_file, inside, safe_name
 from abba.training.recipe import load_recipe
 from tests import warm
 from tests.checkpoint.test_format import write_checkpoint
@@ -147,10 +148,7 @@ SHARDS = ["shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"
 def test_a_manifest_lists_its_shards_and_nothing_else(tmp_path, names):
     checkpoint = write_checkpoint(tmp_path)
     (tmp_path / "x").touch()
-    path = checkpoint / "manifest.json"
-    manifest = json.loads(path.read_text())
-    entry = manifest["files"]["state.json"]
-    path.write_text(json.dumps({**manifest, "files": dict.fromkeys(names, entry)}))
+    write_manifest(checkpoint, 4, 2, dict.fromkeys(names, hash_file(checkpoint / "state.json")))
     before = tree(tmp_path)
     with pytest.raises(CheckpointError, match="is not its manifest"):
         format.verify(checkpoint)

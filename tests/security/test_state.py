@@ -22,7 +22,7 @@ CONFIG = {"r1": 3, "r2": 2, "alpha": 4.0, "target_modules": ["m"], "layer_range"
         ("tensors", ["m"]),
         ("modules", ["m"]),
         ("adapter", {**CONFIG, "r1": -1}),
-        ("format_version", 2),
+        ("format_version", 3),
         ("extra", 1),
     ],
     ids=lambda value: str(value)[:30],
