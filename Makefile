@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help quickstart test test-slow lint clean
+.PHONY: help quickstart test test-slow test-faults lint clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, convert and score the embedded tiny model"
 	@echo "make test         install, then run the tests"
 	@echo "make test-slow    the tests that train on real data for many minutes"
+	@echo "make test-faults  100 of each fault on real ranks, an hour or two; writes a table to runs/faults.md"
 	@echo "make lint         ruff and the import rules"
 
 # torch first and alone: a later resolution must not replace the build that suits this machine.
@@ -26,6 +27,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+test-faults: $(INSTALLED)
+	mkdir -p runs
+	ABBA_TRIALS=$${ABBA_TRIALS:-100} ABBA_TABLE=runs/faults.json $(BIN)/python -m pytest tests/faults
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

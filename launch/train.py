@@ -10,6 +10,7 @@ Read `run` from top to bottom: it is the whole program.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -235,8 +236,8 @@ def main() -> int:
             run(recipe, ranks, directory, world, watch, say)
     except KeyboardInterrupt:
         if world.rank == 0:
-            print("interrupted; what came after the last checkpoint is lost", file=sys.stderr)
-        return 130
+            print("interrupted; what came after the last checkpoint is lost", file=sys.stderr, flush=True)
+        os._exit(130)  # the way out through the libraries may wait for the other ranks
     except Exception as error:
         if watch is not None:
             watch.stop()  # from here on this rank ends by itself

@@ -115,8 +115,10 @@ def _explained(work: Callable[[], None], final: Path, needed: int) -> None:
         work()
     except OSError as error:
         if error.errno in NO_SPACE:
+            partial = sum(path.stat().st_size for path in format.temporary_directory(final).glob("*"))
             raise CheckpointError(
-                f"{final}: no space: this save needs {in_gb(needed)}, {in_gb(free_bytes(final.parent))} are free; "
+                f"{final}: no space: this save needs {in_gb(needed)}, "
+                f"{in_gb(free_bytes(final.parent) + partial)} are free; "
                 "delete something, or lower checkpoint.save_total_limit"
             ) from error
         raise CheckpointError(f"{final}: cannot be written: {error.strerror or error}") from error

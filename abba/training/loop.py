@@ -1,7 +1,6 @@
 """The loop and the step, nothing else."""
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from abba.training.failures import World
 from abba.training.loss import token_loss_sum
 from abba.training.metrics import Reporter, peak_memory_bytes
 from abba.training.tokens import TokenizedRows
-from abba.training.watch import Watch
+from abba.training.watch import Watch, why
 
 SAVE_ATTEMPTS = 3  # in a row: a full disk may be emptied before the next save
 
@@ -241,7 +240,7 @@ def _slowest(everyone: torch.Tensor) -> dict[str, float]:
 
 def _stop(everyone: torch.Tensor) -> str | None:
     asked = [(rank, int(number)) for rank, number in enumerate(everyone[:, 4]) if number]
-    return f"{signal.Signals(asked[0][1]).name} to rank {asked[0][0]}" if asked else None
+    return f"{why(asked[0][1])} (rank {asked[0][0]})" if asked else None
 
 
 def _numbers(stream: Stream, rows: list[int]) -> str:

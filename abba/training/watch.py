@@ -1,9 +1,9 @@
 """Requests to stop, and the end of a rank that can do nothing more for its run.
 
 A thread, because the main one may be stuck in a collective where no Python runs. SIGTERM and SIGUSR1 ask for a stop:
-the loop agrees on it at the next step boundary, saves and exits with 75. At once ends (71) a rank that is asked twice,
-that finds no boundary in time, or whose peer or launcher is gone: nobody may wait for the dead. Files are written under
-another name and renamed, so this leaves nothing half-written.
+the loop agrees on it at the next step boundary, saves and exits with 75. The end of the launcher is such a request, with a
+short time limit. At once ends (71) a rank that is asked twice, that finds no boundary in time, or whose peer is gone:
+nobody may wait for the dead. Files are written under another name and renamed, so this leaves nothing half-written.
 """
 
 import os
@@ -20,6 +20,8 @@ from abba.training.failures import Failure, World
 from abba.training.processes import launchers_above, process_started
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LAUNCHER_GONE = signal.SIGHUP  # what a process gets whose terminal is gone; here nobody sends it
+WITHOUT_LAUNCHER_SECONDS = 4  # a last save, if a step ends in time; then no orphan is left
 POLL_SECONDS = 0.5
 FOLLOW_SECONDS = 3  # the main thread's own error says more than ours; it has so long to end by itself
 DEAD_PEER_SECONDS = 6
@@ -35,6 +37,7 @@ class Watch:
         self._world, self._before_exit = world, before_exit
         self._grace: float | None = None  # set while the loop looks at `requested`
         self._asked_at, self._troubled_since = 0.0, 0.0
+        self._deadline = float("inf")  # of the step boundary that a request waits for
         self._launchers = launchers_above()
         self._ended = False
 
@@ -44,6 +47,9 @@ class Watch:
         self._grace = grace_seconds
         yield
         self._grace = None
+        if self.requested:
+            what = f"{why(self.requested)} after the last step, which is saved"
+            raise PreemptedError(f"{what}; start the same command again for the adapter")
 
     def start(self) -> None:
         """Called in the main thread, once."""
@@ -75,20 +81,18 @@ class Watch:
                 PreemptedError(f"{number.name} outside the training steps; start the same command again to continue")
             )
         elif not self.requested:
-            self.requested, self._asked_at = number, now
+            self.requested, self._asked_at, self._deadline = number, now, now + self._grace
         elif now - self._asked_at > SAME_REQUEST_SECONDS:
             self._end(RankLostError(f"a second {number.name} during step {self._world.step}: ended without saving"))
 
     def _look(self) -> None:
-        for pid, started in self._launchers.items():
-            if process_started(pid) != started:
-                self._end(RankLostError(f"the launcher (process {pid}) is gone {self._world.at()}"))
-        asked_for = time.monotonic() - self._asked_at
-        if self.requested and self._grace is not None and asked_for > self._grace:
+        self._look_at_launchers()
+        if self._grace is not None and time.monotonic() > self._deadline:
+            waited = f"{time.monotonic() - self._asked_at:.0f} s of {why(self.requested)}"
             self._end(
                 RankLostError(
-                    f"step {self._world.step} did not end within checkpoint.grace_seconds={self._grace} of "
-                    f"{signal.Signals(self.requested).name}: ended without saving"
+                    f"step {self._world.step} did not end within {waited} "
+                    f"(checkpoint.grace_seconds={self._grace:g}): ended without saving"
                 )
             )
         dead = self._world.dead_peer()
@@ -101,6 +105,19 @@ class Watch:
         if time.monotonic() - self._troubled_since > (FOLLOW_SECONDS if others else DEAD_PEER_SECONDS):
             self._end(_as_error(trouble), announce=not others)
 
+    def _look_at_launchers(self) -> None:
+        gone = [pid for pid, started in self._launchers.items() if process_started(pid) != started]
+        if not gone:
+            return
+        if self._grace is None:
+            self._end(RankLostError(f"the launcher (process {gone[0]}) is gone {self._world.at()}"))
+            return
+        self._launchers = {}
+        now = time.monotonic()
+        self._asked_at = self._asked_at or now
+        self.requested = self.requested or LAUNCHER_GONE
+        self._deadline = min(self._deadline, now + WITHOUT_LAUNCHER_SECONDS)
+
     def _end(self, error: AbbaError, announce: bool = False) -> None:
         if self._ended:
             return
@@ -111,6 +128,11 @@ class Watch:
         rank = self._world.rank
         print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
         os._exit(error.exit_code)
+
+
+def why(requested: int) -> str:
+    """What asked for a stop, in words."""
+    return "the launcher's end" if requested == LAUNCHER_GONE else signal.Signals(requested).name
 
 
 def _as_error(failure: Failure) -> AbbaError:

@@ -134,7 +134,7 @@ KEY = "base_model.model.model.layers.1.mlp.down_proj.hada_w2_b"
         (lambda d: (d / files.PEFT_CONFIG).write_text("[]"), "is no PEFT configuration"),
         (lambda d: (d / files.ABBA_CONFIG).write_text("{"), "is not JSON"),
         (lambda d: (d / files.ABBA_CONFIG).unlink(), "is not an ABBA adapter"),
-        (lambda d: (d / files.WEIGHTS).write_bytes(b"\x00" * 40), "cannot be opened"),
+        (lambda d: (d / files.WEIGHTS).write_bytes(b"\x00" * 40), "damaged header"),
         (lambda d: (d / files.WEIGHTS).unlink(), "cannot be opened"),
     ],
 )

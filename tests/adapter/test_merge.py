@@ -143,9 +143,9 @@ def as_index(base, name):
         (lambda b: edit(b, lambda t: t[NORM].mul_(float("nan"))), f"{NORM} holds NaN or infinity"),
         (lambda b: reconfigure(b, quantization_config={}), "is quantised"),
         (lambda b: (b / "config.json").write_text("[]"), "is no model configuration"),
-        (lambda b: (b / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda b: (b / "config.json").unlink(), "config.json: cannot be opened"),
         (lambda b: (b / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
-        (lambda b: as_index(b, "../outside.safetensors"), "does not map tensors to safetensors files beside it"),
+        (lambda b: as_index(b, "../outside.safetensors"), "is not the plain name of a file beside it"),
         (lambda b: as_index(b, "model-2.safetensors"), "model-2.safetensors: cannot be opened: No such file"),
     ],
 )  # fmt: skip

@@ -82,6 +82,7 @@ class Lab:
         fixed = [f"model.name_or_path={base}", f"data.path={STORIES / 'train.jsonl'}", "data.max_rows=60"]
         fixed += ["data.eval_rows=4", "train.eval_steps=12", "adapter.r1=4", "adapter.r2=3", "data.max_length=96"]
         fixed += ["train.global_batch_size=8", "train.per_device_train_batch_size=2", f"train.max_steps={STEPS}"]
+        fixed += ["train.gradient_checkpointing=none"]
         fixed += [f"checkpoint.save_steps={SAVE_STEPS}", "train.learning_rate=1e-2", "train.ddp_timeout=20"]
         self.arguments = ["--recipe", "quickstart", *fixed, *NOTHING_STAYS, *overrides]
 

@@ -92,7 +92,7 @@ def test_dropout_continues_too(tmp_path, trial):
     base = make_base(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
-    lab = Lab(base, tmp_path)
+    lab = Lab(base, tmp_path, "train.gradient_checkpointing=non_reentrant")
     with trial("C2 with attention_dropout 0.1"):
         expected = lab.complete("whole")
         finished, _ = lab.run("hurt", 2, [{"rank": 1, "at": "step 11", "do": "kill"}])

@@ -65,6 +65,18 @@ def in_shared_memory():
     return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
 
 
+def wait_for_end(pids):
+    deadline = time.time() + 10
+    while any(process_started(pid) for pid in pids):
+        assert time.time() < deadline, "ranks survive"
+        time.sleep(0.05)
+
+
+def check_same(outcome, expected):
+    """The rows of steps under a real launcher are not recorded."""
+    assert (outcome.step, outcome.state, outcome.losses) == (expected.step, expected.state, expected.losses)
+
+
 CASES = list(KILLED) if TRIALS > 3 else [("deepspeed", "launch.py")]
 
 
@@ -96,8 +108,8 @@ def test_a_killed_launcher_leaves_nothing_behind(lab, reference, trial, tmp_path
         assert code in KILLED[launcher, what], log.read_text()[-2000:]
         assert in_shared_memory() == shared
         if what != "a rank":
-            assert "rank lost: the launcher (process" in log.read_text()
-        assert lab.complete(name) == reference()
+            assert "preempted: the launcher's end (rank" in log.read_text()
+        check_same(lab.complete(name), reference())
 
 
 @pytest.mark.parametrize("launcher", list(LAUNCHERS) if TRIALS > 3 else ["deepspeed"])
@@ -109,7 +121,9 @@ def test_a_launcher_that_is_told_to_stop_lets_the_ranks_save(lab, reference, tri
         while not (metrics.exists() and metrics.read_text().count("loss") >= 6):
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        ranks = [pid for pid, command in descendants(process.pid).items() if is_rank(command)]
+        process.send_signal(signal.SIGTERM)  # DeepSpeed's runner dies of it, torchrun passes it on
         process.wait(60)
+        wait_for_end(ranks)
         assert "which is saved; start the same command again" in log.read_text(), log.read_text()[-3000:]
-        assert lab.complete(name) == reference()
+        check_same(lab.complete(name), reference())
