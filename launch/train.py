@@ -45,7 +45,7 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     from abba.training.finish import finish
     from abba.training.loop import Stream
     from abba.training.prepare import accumulation_steps, prepare
-    from abba.training.resume import find_resume_point, fingerprint, refuse_changes
+    from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end
 
     began, settings = time.monotonic(), recipe.train
     micro_batch = settings.per_device_train_batch_size
@@ -76,12 +76,14 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     else:
         say(f"all {steps:,} steps are done; nothing is left to train")
         last = resumed.directory
+        refuse_foreign_end(last, directory.checkpoints)
 
     # Result: the last checkpoint as a standalone adapter, re-opened and verified; its score, if the recipe asks.
-    world.peers = {}  # the other ranks end here, before rank 0
     dist.barrier()
+    world.step, world.peers = 0, {}  # the other ranks end here, before rank 0
     dist.destroy_process_group()
     if ranks.is_main:
+        directory.confirm()
         finish(last, directory, say)
         if recipe.evaluate is not None:
             score(recipe, base, directory.adapter, directory.evaluation, say)
@@ -151,7 +153,8 @@ def fit(
 
     # Loop: step, finite?, log, save?, stop asked?
     if ranks.is_main:
-        directory.begin(recipe.model_dump(mode="json"), first, say)
+        own = resumed is not None and resumed.directory.parent == directory.checkpoints
+        directory.begin(recipe.model_dump(mode="json"), first if own else 0, say)
         saves = (steps - first) // (recipe.checkpoint.save_steps or steps) + 1
         directory.refuse_too_small(report.trainable_parameters, saves, recipe.checkpoint.save_total_limit)
     state = checkpoint_state(recipe, report.shapes, identity)

@@ -116,15 +116,21 @@ def list_checkpoints(root: Path) -> list[Path]:
     return [path for _, path in _numbered(root)]
 
 
-def rotate(root: Path, keep: int, newest: int) -> None:
+def rotate(root: Path, keep: int, newest: int) -> list[Path]:
     """Delete all but the last `keep` checkpoints up to the one of step `newest`, which was just committed.
 
     Those of later steps did not verify when this run was resumed before them: counted as newer, they would push out
-    the valid one.
+    the valid one. They are renamed and returned, not deleted: perhaps it was the disk's bad day.
     """
     present = {directory: step for step, directory in _numbered(root)}
     kept = [directory for directory, step in present.items() if step <= newest][-keep:]
-    for directory in present.keys() - set(kept):
+    later = [directory for directory, step in present.items() if step > newest]
+    aside = [directory.with_name(f"{directory.name}.damaged") for directory in later]
+    for directory, target in zip(later, aside, strict=True):
+        if target.exists():
+            _remove(target)
+        directory.rename(target)
+    for directory in present.keys() - {*kept, *later}:
         # Renamed first: a name that is listed always stands for a whole checkpoint.
         doomed = temporary_directory(directory)
         if doomed.exists():
@@ -132,6 +138,7 @@ def rotate(root: Path, keep: int, newest: int) -> None:
         directory.rename(doomed)
         _remove(doomed)
     sync_directory(root)
+    return aside
 
 
 def remove_leftovers(root: Path) -> list[Path]:

@@ -31,15 +31,16 @@ def save_checkpoint(
     ranks: Ranks,
     confirm: Callable[[], None],
     step: int,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Write `root/step-N` after N steps and delete all but the newest `keep`. Collective.
 
     Args:
         state: what goes into state.json besides the step, the world size and the tensor shapes.
-        confirm: called on rank 0 right before the commit; raises when the directory is no longer this run's.
+        confirm: called on rank 0 before anything is touched; ends the rank, and so all, when the directory is no longer
+            this run's.
 
     Returns:
-        For the metrics: seconds it took, bytes of all shards.
+        For the metrics: seconds it took, bytes of all shards; and what went wrong in deleting old ones, if anything.
 
     Raises:
         CheckpointError: some rank could not write; on every rank, and no directory of that name exists then.
@@ -53,6 +54,7 @@ def save_checkpoint(
 
     def make_room() -> None:
         if ranks.is_main:
+            confirm()
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
@@ -65,7 +67,6 @@ def save_checkpoint(
             whole = {**state, "step": step, "world_size": ranks.world_size, "tensors": shapes}
             confirm()
             format.commit(final, whole, shards)
-            format.rotate(root, keep, step)
 
     def part(work: Callable[[], None]) -> None:
         agree(lambda: _explained(work, final, own_bytes * ranks.world_size), engine.device)
@@ -79,18 +80,26 @@ def save_checkpoint(
         if ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return {"save_seconds": time.monotonic() - started, "save_bytes": sum(shard.size for shard in shards)}
+    notes = _rotated(root, keep, step) if ranks.is_main else {}
+    return {"save_seconds": time.monotonic() - started, "save_bytes": sum(shard.size for shard in shards), **notes}
+
+
+def _rotated(root: Path, keep: int, step: int) -> dict[str, str]:
+    try:
+        aside = format.rotate(root, keep, step)
+    except OSError as error:
+        return {"save_warning": f"an old checkpoint cannot be deleted: {error}"}
+    return {"save_warning": f"did not verify, and set aside: {', '.join(map(str, aside))}"} if aside else {}
 
 
 def newest_valid_together(
     candidates: list[Path], ranks: Ranks, device: torch.device, report: Callable[[str], None]
 ) -> Path | None:
-    """The last of rank 0's `candidates` that verifies, each rank hashing its share of the files. Collective.
+    """The last of `candidates`, the same on every rank, that verifies; each rank hashes its share. Collective.
 
     Each later one that does not verify is reported, with the file at fault.
     """
-    names = json.loads(share(json.dumps([str(path) for path in candidates]).encode(), device)[0])
-    for directory in map(Path, reversed(names)):
+    for directory in reversed(candidates):
         try:
             agree(lambda where=directory: format.verify(where, ranks.rank, ranks.world_size), device)
             return directory

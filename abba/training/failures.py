@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from abba.errors import AbbaError, RankLostError, first_line
+from abba.errors import AbbaError, CheckpointError, RankLostError, first_line
 from abba.storage import read_json, write_json
 from abba.training.processes import machine, own_start_time, process_started
 
@@ -77,10 +77,13 @@ class World:
         """Failures of other ranks of this start; until its name is known, since this process began. Causes first."""
         if self.failures is None or not self.failures.is_dir():
             return []
-        paths = list(self.failures.glob(f"{self.start or '*'}-rank-*.json"))
-        if self.start is None:
-            paths = [path for path in paths if path.stat().st_mtime >= self._since]
-        found = [Failure(**read_json(path)) for path in sorted(paths)]
+        found = []
+        for path in sorted(self.failures.glob(f"{self.start or '*'}-rank-*.json")):
+            try:
+                if self.start is not None or path.stat().st_mtime >= self._since:
+                    found.append(Failure(**read_json(path)))
+            except (OSError, CheckpointError, TypeError):
+                continue  # an earlier start's, which rank 0 is deleting; one of ours is there again at the next look
         return sorted((failure for failure in found if failure.rank != self.rank), key=lambda failure: failure.is_echo)
 
     def dead_peer(self) -> Failure | None:
@@ -107,7 +110,7 @@ class World:
         return Failure(self.rank, what, RankLostError.exit_code)
 
     def at(self) -> str:
-        return f"at step {self.step}" if self.step else "before the first step"
+        return f"at step {self.step}" if self.step else "outside the steps"
 
 
 def breaks_connection(error: BaseException) -> bool:

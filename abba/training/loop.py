@@ -21,6 +21,7 @@ from abba.training.tokens import TokenizedRows
 from abba.training.watch import Watch, why
 
 SAVE_ATTEMPTS = 3  # in a row: a full disk may be emptied before the next save
+LAST_SAVE_PAUSE = 20  # seconds between the attempts at the last one
 
 
 @dataclass(frozen=True)
@@ -95,25 +96,40 @@ def train(
             "peak_memory_bytes": peak_memory_bytes(stream.device),
             **outcome.slowest,
         }
-        if evaluate is not None and (done == steps or (eval_steps and done % eval_steps == 0)):
-            if outcome.stop:
-                reporter.say(f"step {done}: held-out loss left out, because the run is asked to stop")
-            else:
-                record["eval_loss"] = evaluate()
         reporter.step(record)
+        evaluating = evaluate is not None and (done == steps or (eval_steps and done % eval_steps == 0))
+        if evaluating and done < steps and not outcome.stop:  # before the save, or a kill between the two would skip it
+            reporter.evaluated(done, evaluate())
         if done == steps or outcome.stop or (save_steps and done % save_steps == 0):
-            try:
-                reporter.saved(done, save(done))
-                failed_saves = 0
-            except CheckpointError as error:
-                failed_saves += 1
-                if done == steps or outcome.stop or failed_saves == SAVE_ATTEMPTS:
-                    raise
-                reporter.say(f"checkpoint: WARNING: {error.reason}; training goes on, the next save tries again")
+            failed_saves = _save(save, done, failed_saves, reporter, last=done == steps, stop=bool(outcome.stop))
+        if evaluating and done == steps and not outcome.stop:  # after the save: it may be the only one
+            reporter.evaluated(done, evaluate())
+        if evaluating and outcome.stop:
+            reporter.say(f"step {done}: held-out loss left out, because the run is asked to stop")
         if outcome.stop:
             raise PreemptedError(
-                f"{outcome.stop} after step {done} of {steps}, which is saved; start the same command again to continue"
+                f"{outcome.stop} after step {done} of {steps}, which is saved; "
+                "start the same command again to continue (checkpoint.resume=never would start over)"
             )
+
+
+def _save(
+    save: Callable[[int], dict[str, Any]], done: int, failed: int, reporter: Reporter, last: bool, stop: bool
+) -> int:
+    """How many saves in a row have failed now. The last one of a run is tried again; when asked to stop none is."""
+    while True:
+        try:
+            reporter.saved(done, save(done))
+            return 0
+        except CheckpointError as error:
+            failed += 1
+            if stop or failed >= SAVE_ATTEMPTS:
+                raise
+            goes_on = f"trying again in {LAST_SAVE_PAUSE} s" if last else "training goes on, the next save tries again"
+            reporter.say(f"checkpoint: WARNING: {error.reason}; {goes_on}")
+            if not last:
+                return failed
+            time.sleep(LAST_SAVE_PAUSE)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class Reporter:
     """
 
     def __init__(self, path: Path | None, steps: int, logging_steps: int) -> None:
-        self._file = path.open("a") if path is not None else None
+        self._file = open(path, "ab", buffering=0) if path is not None else None  # noqa: SIM115  closed by __exit__
+        self._pending = b""  # lines that a full disk has not taken yet
         self._steps, self._logging_steps = steps, logging_steps
         self._console = Console(soft_wrap=True, highlight=False) if path is not None else None
         self._started, self._first_step = time.monotonic(), None
@@ -48,10 +49,9 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
         if self._file is not None:
-            try:
-                self._file.close()
-            except OSError as error:
-                self.say(f"metrics.jsonl: WARNING: its last lines are lost: {error.strerror}")
+            self._file.close()
+            if self._pending:
+                self.say(f"metrics.jsonl: WARNING: its last {len(self._pending)} bytes are lost")
 
     def say(self, line: str) -> None:
         """One plain line, on rank 0."""
@@ -77,20 +77,27 @@ class Reporter:
                 f"grad {record['grad_norm']:.3f}  {record['step_seconds']:.2f} s/step  ETA {_clock(eta)}  "
                 f"slowest rank {record['slowest_rank']} ({record['slowest_rank_data_seconds']:.2f} s on data)"
             )
-        if "eval_loss" in record:
-            self.say(f"step {done}/{self._steps}  eval loss {record['eval_loss']:.4f}")
 
-    def saved(self, step: int, cost: dict[str, float]) -> None:
+    def evaluated(self, step: int, loss: float) -> None:
+        """The held-out loss after `step`, as a line of its own."""
+        if self._file is not None:
+            self._write({"step": step, "eval_loss": loss})
+            self.say(f"step {step}/{self._steps}  eval loss {loss:.4f}")
+
+    def saved(self, step: int, cost: dict[str, Any]) -> None:
         """A checkpoint after `step`: a line of its own, because the step's has to be on disk before the commit."""
         if self._file is not None:
             self._write({"step": step, **cost})
             self.say(f"step {step}/{self._steps}  saved {cost['save_bytes']:,} bytes in {cost['save_seconds']:.1f} s")
+            if "save_warning" in cost:
+                self.say(f"checkpoint: WARNING: {cost['save_warning']}")
 
     def _write(self, record: dict[str, Any]) -> None:
+        self._pending += json.dumps(record).encode() + b"\n"
         try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:  # the line stays in the buffer and goes out with a later one
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
             self.say(f"metrics.jsonl: WARNING: step {record['step']} cannot be written yet: {error.strerror}")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from abba.errors import CheckpointError, RecipeError
 from abba.sharded.checkpoint import newest_valid_together, restore_random_state
 from abba.sharded.initialize import starting_factors
 from abba.sharded.ranks import Ranks
+from abba.sharded.together import agree, share
 from abba.storage import hash_file
 
 SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
@@ -61,17 +63,13 @@ def find_resume_point(
     """
     if resume == "never":
         return None
-    candidates, where = list_checkpoints(root), root
-    if resume != "auto":
-        if root.resolve() in (Path(resume).resolve(), *Path(resume).resolve().parents):
-            raise RecipeError(
-                f"checkpoint.resume: {resume} lies in this run's own output_dir, whose newest checkpoint is continued "
-                "anyway; to go back to an older one, give a new output_dir"
-            )
-        if candidates:
-            say(f"checkpoint: {root} has checkpoints of its own; checkpoint.resume={resume} was for the first start")
-        else:
-            candidates, where = _checkpoints_at(Path(resume)), Path(resume)
+    # Rank 0's listing decides: on a shared file system another rank may not see the newest name yet.
+    found: list[Path] = []
+    agree(lambda: found.extend(_candidates(resume, root)) if ranks.is_main else None, device)
+    candidates = [Path(name) for name in json.loads(share(json.dumps([str(p) for p in found]).encode(), device)[0])]
+    where = candidates[0].parent if candidates else root
+    if resume != "auto" and where == root:
+        say(f"checkpoint: {root} has checkpoints of its own; checkpoint.resume={resume} was for the first start")
 
     def passed_over(line: str) -> None:
         if strict:
@@ -174,10 +172,27 @@ def continue_random_streams(
         )
 
 
-def _checkpoints_at(path: Path) -> list[Path]:
-    if (path / MANIFEST).is_file():
-        return [path]
-    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+def refuse_foreign_end(last: Path, root: Path) -> None:
+    """Raises CheckpointError when a run would begin with another run's last checkpoint: nothing would be its own."""
+    if last.parent != root:
+        raise CheckpointError(
+            f"checkpoint.resume: {last} has no step left to train; convert it (python launch/convert.py {last} DST), "
+            "or raise train.max_steps and list it in checkpoint.allow_changed"
+        )
+
+
+def _candidates(resume: str, root: Path) -> list[Path]:
+    """Checkpoints to choose from, in the order of their steps: the run's own, before its first those of `resume`."""
+    path = Path(resume)
+    if resume != "auto" and root.resolve() in (path.resolve(), *path.resolve().parents):
+        raise CheckpointError(
+            f"checkpoint.resume: {resume} lies in this run's own output_dir, whose newest checkpoint is continued "
+            "anyway; to go back to an older one, give a new output_dir"
+        )
+    own = list_checkpoints(root)
+    if own or resume == "auto":
+        return own
+    found = [path] if (path / MANIFEST).is_file() else list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not found:
         raise CheckpointError(
             f"checkpoint.resume: {path} is neither a checkpoint nor a run that has one; "

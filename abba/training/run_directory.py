@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import yaml
 
 from abba.adapter.files import refuse_occupied
 from abba.checkpoint.format import list_checkpoints, remove_checkpoints, remove_leftovers
-from abba.errors import CheckpointError, DataError, NoProgressError, RecipeError
+from abba.errors import CheckpointError, DataError, NoProgressError, PreemptedError, RecipeError
 from abba.storage import free_bytes, in_gb, is_there, make_directory, read_json, write_json
 from abba.training.run_lock import RunLock
 
@@ -29,6 +29,7 @@ STARTS = 3  # in a row that may end without a new checkpoint
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # an fp32 master and two moments
 SMALL_FILES_BYTES = 1_000_000  # headers, state, metrics
 SHARED_WITHIN_SECONDS = 120
+LEFT_BY_KILLED = (".adapter.tmp-*", ".adapter.replaced-*", ".lock.json.*", ".write-test-*", "tokens/.*.tmp-*")
 
 
 class RunDirectory:
@@ -55,25 +56,29 @@ class RunDirectory:
             NoProgressError: the last STARTS starts got no further.
         """
         make_directory(self.path, "output_dir")
-        with RunLock(self.path / "lock.json", job, say) as self._lock:
-            self._check_earlier_run(resume, overwrite)
-            self._count_start()
-            shutil.rmtree(self.failures, ignore_errors=True)
-            self.tokens.mkdir(exist_ok=True)
+        with ExitStack() as stack:
+            with self._writing():
+                self._lock = stack.enter_context(RunLock(self.path / "lock.json", job, say))
+                self._check_earlier_run(resume, overwrite)
+                self._count_start()
+                self._clean_up(say)
+                self.tokens.mkdir(exist_ok=True)
             try:
                 yield self._lock.token
-            except (RecipeError, DataError, CheckpointError, KeyboardInterrupt):
-                self._starts.unlink(missing_ok=True)  # for the user to mend, not a loop of crashes
+            except (RecipeError, DataError, CheckpointError, PreemptedError, KeyboardInterrupt):
+                self.release(uncount=True)  # not one of a loop of crashes
                 raise
-            self._starts.unlink(missing_ok=True)
+            self.release(uncount=True)
 
     def confirm(self) -> None:
-        """Raises CheckpointError when another run has taken over this directory."""
+        """Raises RankLostError when another run has taken over this directory."""
         self._lock.confirm()
 
-    def release(self) -> None:
-        """Let the next start have it at once; on a process that ends without leaving `held`."""
-        if self._lock is not None:
+    def release(self, uncount: bool) -> None:
+        """Let the next start have it at once; `uncount` this one, unless it was a crash."""
+        if self._lock is not None and self._lock.is_ours():
+            if uncount:
+                self._starts.unlink(missing_ok=True)
             self._lock.release()
 
     def begin(self, recipe: dict[str, Any], step: int, say: Callable[[str], None]) -> None:
@@ -81,14 +86,15 @@ class RunDirectory:
 
         Only what a run writes is deleted: somebody else's files in the same directory stay.
         """
-        if step == 0:
-            remove_checkpoints(self.checkpoints)
-            for path in (self.adapter, self.evaluation):
-                shutil.rmtree(path, ignore_errors=True)
-        for path in remove_leftovers(self.checkpoints):
-            say(f"checkpoint: removed {path}, which an earlier start left unfinished")
-        self._keep_metrics(step)
-        self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        with self._writing():
+            if step == 0:
+                remove_checkpoints(self.checkpoints)
+                for path in (self.adapter, self.evaluation):
+                    shutil.rmtree(path, ignore_errors=True)
+            for path in remove_leftovers(self.checkpoints):
+                say(f"checkpoint: removed {path}, which an earlier start left unfinished")
+            self._keep_metrics(step, say)
+            self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
     def refuse_too_small(self, parameters: int, saves: int, keep: int) -> None:
         """Before the first step: raises CheckpointError when what the run will hold at once does not fit the disk.
@@ -123,8 +129,11 @@ class RunDirectory:
     def _count_start(self) -> None:
         present = list_checkpoints(self.checkpoints)
         newest = present[-1].name if present else "the start"
-        earlier = read_json(self._starts) if self._starts.is_file() else {}
-        count = earlier.get("count", 0) if earlier.get("newest") == newest else 0
+        try:
+            earlier = read_json(self._starts)
+            count = int(earlier["count"]) if earlier["newest"] == newest else 0
+        except (CheckpointError, KeyError, TypeError, ValueError):  # none yet, or none that counts
+            count = 0
         if count >= STARTS:
             said = [read_json(path)["what"] for path in sorted(self.failures.glob("*-rank-*.json"))]
             raise NoProgressError(
@@ -132,17 +141,53 @@ class RunDirectory:
                 f"the last one: {said[0] if said else 'no rank could say why, see its log'}; "
                 f"when the cause is mended, delete {self._starts} and start again"
             )
-        write_json(self._starts, {"newest": newest, "count": count + 1})
+        temporary = self._starts.with_suffix(".tmp")
+        write_json(temporary, {"newest": newest, "count": count + 1})
+        temporary.replace(self._starts)
 
-    def _keep_metrics(self, step: int) -> None:
+    def _clean_up(self, say: Callable[[str], None]) -> None:
+        """Delete what earlier starts, which were killed, were about to write; and why they failed."""
+        for pattern in LEFT_BY_KILLED:
+            for path in self.path.glob(pattern):
+                if self._lock.token in path.name:
+                    continue
+                say(f"output_dir: removed {path}, which an earlier start left unfinished")
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        shutil.rmtree(self.failures, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise CheckpointError(
+                f"output_dir {self.path}: cannot be written: {where}{error.strerror}; {in_gb(free_bytes(self.path))} "
+                "are free; make room, or choose another output_dir"
+            ) from error
+
+    def _keep_metrics(self, step: int, say: Callable[[str], None]) -> None:
         """Drop the lines of steps that will be computed again, and what a kill left of a last line."""
         if step == 0 or not self.metrics.is_file():
             self.metrics.unlink(missing_ok=True)
             return
         lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = self.metrics.with_name(f".{self.metrics.name}")
-        kept.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        steps = [_step_of(line) for line in lines]
+        if unreadable := steps.count(None):
+            say(f"metrics.jsonl: WARNING: dropped {unreadable} damaged lines of an earlier start")
+        kept.write_text("".join(line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step))
         kept.replace(self.metrics)
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def wait_for(path: Path) -> None:

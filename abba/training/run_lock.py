@@ -7,6 +7,7 @@ own machine only, so from elsewhere the heartbeat decides, by the clock of the f
 import json
 import os
 import secrets
+import shutil
 import socket
 import threading
 import time
@@ -14,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from abba.errors import CheckpointError
+from abba.errors import CheckpointError, RankLostError
 from abba.training.processes import machine, process_started
 
-BEAT_SECONDS, DEAD_AFTER_SECONDS = 10, 120
+BEAT_SECONDS, DEAD_AFTER_SECONDS, SETTLE_SECONDS = 10, 120, 3
 
 
 class RunLock:
@@ -54,25 +55,25 @@ class RunLock:
 
     def release(self) -> None:
         self._released.set()
-        if self._is_ours():
+        if self.is_ours():
             self._path.unlink(missing_ok=True)
 
     def confirm(self) -> None:
-        """Raises CheckpointError when another run has taken over, as it may after this one was suspended."""
-        if not self._is_ours():
-            raise CheckpointError(f"{self._path.parent}: another run has taken over this directory; this one stops")
+        """Raises RankLostError when another run has taken over, as it may after this one was suspended."""
+        if not self.is_ours():
+            raise RankLostError(f"{self._path.parent}: another run has taken over this directory; this one stops")
 
     def _taken(self, draft: Path) -> bool:
         """One attempt; False to look again because the holder has changed meanwhile."""
-        try:
-            os.link(draft, self._path)
+        if self._created(draft):
             return True
-        except FileExistsError:
-            pass
         holder = _read(self._path)
         if holder is None:
             return False
-        why = self._why_dead(holder, draft)
+        try:
+            why = self._why_dead(holder, draft)
+        except FileNotFoundError:  # it has let go
+            return False
         if why is None:
             who = f"job {holder['job']}" if holder.get("job") else f"process {holder.get('pid')}"
             raise CheckpointError(
@@ -82,11 +83,25 @@ class RunLock:
         self._say(f"output_dir: taking over from a run on {holder.get('host')}: {why}")
         if (_read(self._path) or {}).get("token") != holder.get("token"):
             return False
-        taking = draft.with_name(f"{draft.name}.taking")
-        os.link(draft, taking)
-        os.replace(taking, self._path)
-        time.sleep(0.5)  # of several that take over at once, the last one has it
-        return self._is_ours()
+        os.replace(shutil.copy(draft, f"{draft}.taking"), self._path)
+        # Of several that take over at once the last one has it; other machines see it some seconds later.
+        time.sleep(0.5 if holder.get("machine") == self._mine["machine"] else SETTLE_SECONDS)
+        return self.is_ours()
+
+    def _created(self, draft: Path) -> bool:
+        """Whether there was no lock and now there is ours, whole from the first moment."""
+        try:
+            os.link(draft, self._path)
+            return True
+        except FileExistsError:
+            return self.is_ours()  # a network file system may have lost its first answer
+        except OSError:  # a file system without hard links
+            try:
+                with self._path.open("x") as file:
+                    file.write(json.dumps(self._mine))
+                return True
+            except FileExistsError:
+                return False
 
     def _why_dead(self, holder: dict[str, Any], draft: Path) -> str | None:
         if holder.get("machine") == self._mine["machine"]:
@@ -94,37 +109,38 @@ class RunLock:
             return None if alive else f"its process {holder.get('pid')} is gone"
         if self._mine["job"] is not None and holder.get("job") == self._mine["job"]:
             return f"this is the same job {holder['job']}, started again"
-        first = self._age(draft)
-        while (age := self._age(draft)) <= DEAD_AFTER_SECONDS:
-            if age < first:
-                return None
-            if first == age:
-                self._say(f"output_dir: held by a run on {holder.get('host')}; waiting for a sign of life")
+        age, beat = self._age(draft), self._path.stat().st_mtime_ns
+        if age <= DEAD_AFTER_SECONDS:
+            self._say(f"output_dir: held by a run on {holder.get('host')}; waiting for a sign of life")
+        while age <= DEAD_AFTER_SECONDS:
             time.sleep(1)
+            if self._path.stat().st_mtime_ns != beat:
+                return None
+            age = self._age(draft)
         return f"its last sign of life is {age:.0f} s old"
 
     def _age(self, draft: Path) -> float:
-        """Seconds since the holder's last heartbeat; 0 when it has let go."""
+        """Seconds since the holder's last heartbeat. Raises FileNotFoundError when it has let go."""
         draft.touch()  # both times are then the file system's
-        try:
-            return draft.stat().st_mtime - self._path.stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
+        return draft.stat().st_mtime - self._path.stat().st_mtime
 
-    def _is_ours(self) -> bool:
+    def is_ours(self) -> bool:
         return (_read(self._path) or {}).get("token") == self.token
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
-            if self._is_ours():
-                os.utime(self._path)
+            try:
+                if self.is_ours():
+                    os.utime(self._path)
+            except OSError:  # a network file system's bad moment; twelve beats may be missed
+                continue
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """What the lock says; None when there is none; {} when it is damaged."""
     try:
         said = json.loads(path.read_bytes())
-    except OSError:
+    except FileNotFoundError:
         return None
     except ValueError:
         return {}

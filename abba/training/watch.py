@@ -1,9 +1,9 @@
 """Requests to stop, and the end of a rank that can do nothing more for its run.
 
 A thread, because the main one may be stuck in a collective where no Python runs. SIGTERM and SIGUSR1 ask for a stop:
-the loop agrees on it at the next step boundary, saves and exits with 75. The end of the launcher is such a request, with a
-short time limit. At once ends (71) a rank that is asked twice, that finds no boundary in time, or whose peer is gone:
-nobody may wait for the dead. Files are written under another name and renamed, so this leaves nothing half-written.
+the loop agrees on it at the next step boundary, saves and exits with 75. The end of the launcher is such a request,
+with a short time limit. At once ends (71) a rank that is asked twice, that finds no boundary in time, or whose peer is
+gone: nobody may wait for the dead. Files are written under another name and renamed, so nothing is left half-written.
 """
 
 import os
@@ -21,7 +21,7 @@ from abba.training.processes import launchers_above, process_started
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_GONE = signal.SIGHUP  # what a process gets whose terminal is gone; here nobody sends it
-WITHOUT_LAUNCHER_SECONDS = 4  # a last save, if a step ends in time; then no orphan is left
+WITHOUT_LAUNCHER_SECONDS = 8  # a last save, if a step ends in time; then no orphan is left
 POLL_SECONDS = 0.5
 FOLLOW_SECONDS = 3  # the main thread's own error says more than ours; it has so long to end by itself
 DEAD_PEER_SECONDS = 6
@@ -32,7 +32,7 @@ SAME_REQUEST_SECONDS = 2
 class Watch:
     """The watch of one rank over itself."""
 
-    def __init__(self, world: World, before_exit: Callable[[], None]) -> None:
+    def __init__(self, world: World, before_exit: Callable[[bool], None]) -> None:
         self.requested = 0  # the signal that asked the loop for a stop
         self._world, self._before_exit = world, before_exit
         self._grace: float | None = None  # set while the loop looks at `requested`
@@ -77,9 +77,8 @@ class Watch:
     def _asked(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if self._grace is None:
-            self._end(
-                PreemptedError(f"{number.name} outside the training steps; start the same command again to continue")
-            )
+            what = f"{number.name} outside the training steps; start the same command again to continue"
+            self._end(PreemptedError(what), announce=True)
         elif not self.requested:
             self.requested, self._asked_at, self._deadline = number, now, now + self._grace
         elif now - self._asked_at > SAME_REQUEST_SECONDS:
@@ -124,7 +123,7 @@ class Watch:
         self._ended = True
         if announce:
             self._world.announce(Failure(self._world.rank, error.reason, error.exit_code))
-        self._before_exit()
+        self._before_exit(isinstance(error, PreemptedError))
         rank = self._world.rank
         print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
         os._exit(error.exit_code)

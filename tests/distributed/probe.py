@@ -18,8 +18,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 import abba.adapter.linear
 import abba.sharded.engine
-import abba.sharded.initialize
 import abba.training.loop
+import abba.training.resume
 
 FACTORS = ("A1", "B1", "A2", "B2")
 result = {
@@ -111,14 +111,14 @@ def watch_layers() -> None:
 
 
 def watch_svd() -> None:
-    find = abba.sharded.initialize.starting_factors
+    find = abba.training.resume.starting_factors
 
     def found(*arguments):
         factors = find(*arguments)
         result["svd"] = {name: digest(torch.cat([f.flatten() for f in four])) for name, four in factors.items()}
         return factors
 
-    abba.sharded.initialize.starting_factors = found
+    abba.training.resume.starting_factors = found
 
 
 def digest(tensor: torch.Tensor) -> str:

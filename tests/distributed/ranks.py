@@ -67,4 +67,8 @@ def run_ranks(directory: Path, commands: list[list[str]]) -> list[warm.Finished]
 
 
 def read_metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """One record per step: its own line, with what the lines of its evaluation and its save add."""
+    records: dict[int, dict] = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        records.setdefault(line["step"], {}).update(line)
+    return list(records.values())

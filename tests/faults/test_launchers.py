@@ -10,7 +10,7 @@ import pytest
 
 from abba.training.processes import process_started
 from tests.distributed.ranks import environment, free_port
-from tests.faults.harness import TRIALS
+from tests.faults.harness import some
 
 pytestmark = pytest.mark.timeout(7200)
 LAUNCHERS = {
@@ -77,7 +77,7 @@ def check_same(outcome, expected):
     assert (outcome.step, outcome.state, outcome.losses) == (expected.step, expected.state, expected.losses)
 
 
-CASES = list(KILLED) if TRIALS > 3 else [("deepspeed", "launch.py")]
+CASES = some(list(KILLED), [("deepspeed", "launch.py")])
 
 
 @pytest.mark.parametrize("launcher, what", CASES)
@@ -112,7 +112,7 @@ def test_a_killed_launcher_leaves_nothing_behind(lab, reference, trial, tmp_path
         check_same(lab.complete(name), reference())
 
 
-@pytest.mark.parametrize("launcher", list(LAUNCHERS) if TRIALS > 3 else ["deepspeed"])
+@pytest.mark.parametrize("launcher", some(list(LAUNCHERS), ["deepspeed"]))
 def test_a_launcher_that_is_told_to_stop_lets_the_ranks_save(lab, reference, trial, tmp_path, launcher):
     name, log = f"{launcher}-stop", tmp_path / "log"
     with trial(f"A5 SIGTERM to {launcher}"), log.open("w") as file:

@@ -20,7 +20,10 @@ def said(tmp_path, monkeypatch, terminal):
     monkeypatch.setattr(metrics, "Console", lambda **k: Console(file=screen, force_terminal=terminal, width=120, **k))
     with metrics.Reporter(tmp_path / "metrics.jsonl", steps=25, logging_steps=10) as reporter:
         for step in range(1, 26):
-            reporter.step({"step": step, **RECORD, **({"eval_loss": 0.5} if step == 20 else {})})
+            reporter.step({"step": step, **RECORD})
+            if step == 20:
+                reporter.evaluated(20, 0.5)
+                reporter.saved(20, {"save_bytes": 1000, "save_seconds": 0.5})
     return screen.getvalue()
 
 
@@ -29,7 +32,7 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
     assert [line.split()[1] for line in lines if "loss 1.25" in line] == ["1/25", "10/25", "20/25", "25/25"]
     assert "step 20/25  eval loss 0.5000" in lines
     assert "ETA 0:00:0" in lines[0] and "slowest rank 1" in lines[0] and "1,234 tokens/s" in lines[0]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 25
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 27
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[3])["step"] == 4
 
 
@@ -37,6 +40,34 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
     screen = said(tmp_path, monkeypatch, terminal=True)
     assert "loss 1.2500" in screen and "25/25" in screen and "eval loss 0.5000" in screen
     assert "slowest" not in screen
+
+
+def test_lines_that_a_full_disk_refuses_are_written_when_it_is_empty_again(tmp_path, capsys):
+    class Disk:
+        """Takes `room` bytes."""
+
+        def __init__(self, file):
+            self.file, self.room = file, 10**6
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            taken = self.file.write(data[: self.room])
+            self.room -= taken
+            return taken
+
+        def close(self):
+            self.file.close()
+
+    with metrics.Reporter(tmp_path / "metrics.jsonl", steps=100, logging_steps=10) as reporter:
+        reporter._file = disk = Disk(reporter._file)
+        for step in range(1, 101):
+            if step in (10, 60):
+                disk.room = 100 if step == 10 else 10**6
+            reporter.step({"step": step, **RECORD})
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 101))
+    assert "WARNING: step 10 cannot be written yet: No space left on device" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
