@@ -1,0 +1,105 @@
+"""What ranks tell each other when one fails; and starts that are counted, forgiven and cleaned up after."""
+
+import json
+
+import pytest
+
+from abba.errors import CheckpointError, NoProgressError, RankLostError
+from abba.training import failures
+from abba.training.failures import Failure, World, breaks_connection
+from abba.training.run_directory import RunDirectory
+
+
+def world(rank, directory, start="now", size=3):
+    one = World()
+    one.rank, one.world_size, one.failures, one.start, one.step = rank, size, directory, start, 7
+    return one
+
+
+def test_the_cause_comes_before_its_echoes_and_other_starts_are_not_heard(tmp_path):
+    first, second, other = (world(r, tmp_path / "failures", s) for r, s in ((0, "now"), (1, "now"), (2, "then")))
+    first.announce(Failure(0, "lost the others", 71, is_echo=True))
+    second.announce(Failure(1, "ValueError", 1))
+    other.announce(Failure(2, "of an earlier start", 1))
+    assert [failure.what for failure in world(2, tmp_path / "failures").announced()] == [
+        "ValueError",
+        "lost the others",
+    ]
+    assert second.announced() == [Failure(0, "lost the others", 71, True)]
+
+
+def test_files_that_are_being_deleted_or_written_are_passed_over(tmp_path):
+    directory = tmp_path / "failures"
+    world(0, directory).announce(Failure(0, "ValueError", 1))
+    for name, text in (("1", ""), ("2", "[]"), ("3", '{"rank": 3}')):
+        (directory / f"now-rank-0000{name}.json").write_text(text)
+    (directory / "now-rank-00004.json").symlink_to(directory / "gone")
+    assert [failure.rank for failure in world(5, directory).announced()] == [0]
+    assert [failure.rank for failure in world(5, directory, start=None).announced()] == [0]
+
+
+def test_nothing_is_announced_in_a_directory_that_may_be_another_runs(tmp_path):
+    world(0, tmp_path / "failures", start=None).announce(Failure(0, "ValueError", 1))
+    assert not (tmp_path / "failures").exists()
+
+
+def test_silent_ranks_are_named_when_nobody_knows_the_cause(tmp_path, monkeypatch):
+    monkeypatch.setattr(failures, "EVIDENCE_SECONDS", 0.3)
+    world(1, tmp_path / "failures").announce(Failure(1, "lost the others", 71, is_echo=True))
+    cause = world(0, tmp_path / "failures").cause_of(RuntimeError("gloo: Timed out waiting"))
+    assert cause.what.startswith("rank 2 did not answer at step 7") and cause.exit_code == 71
+    assert breaks_connection(RuntimeError("[gloo/pair.cc] Connection closed by peer"))
+    assert not breaks_connection(ValueError("gloo")) and not breaks_connection(RuntimeError("shape mismatch"))
+
+
+def crash(directory, error=RuntimeError):
+    with pytest.raises(error), directory.held("auto", False, None, lambda line: None):
+        raise error("put in by the test")
+
+
+def test_three_crashes_are_counted_and_what_a_user_mends_is_not(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    for _ in range(5):
+        crash(directory, CheckpointError)
+    for _ in range(3):
+        crash(directory)
+    with pytest.raises(NoProgressError, match="3 starts in a row"), directory.held("auto", False, None, print):
+        pass
+    (tmp_path / "run/checkpoints/step-000004").mkdir(parents=True)  # progress
+    for _ in range(3):
+        crash(directory, RankLostError)
+    with pytest.raises(NoProgressError, match="after step-000004"), directory.held("auto", False, None, print):
+        pass
+    (tmp_path / "run/starts.json").write_text("")  # cut off by a kill
+    with directory.held("auto", False, None, print):
+        pass
+    assert not (tmp_path / "run/starts.json").exists()
+
+
+def test_what_killed_starts_left_is_removed_and_what_others_left_is_not(tmp_path):
+    directory, said = RunDirectory(tmp_path / "run"), []
+    for name in (
+        ".adapter.tmp-12/x",
+        ".lock.json.abc",
+        ".write-test-3",
+        "tokens/.tokens-9.safetensors.tmp-7",
+        "mine.txt",
+    ):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    with directory.held("auto", False, None, said.append):
+        pass
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"mine.txt", "tokens"}
+    assert len(said) == 4
+
+
+def test_damaged_lines_of_metrics_are_dropped_with_a_word(tmp_path):
+    directory, said = RunDirectory(tmp_path / "run"), []
+    (tmp_path / "run").mkdir()
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
+    directory.metrics.write_text("\n".join([*lines[:2], '{"step": 2, "lo', "[1]", *lines[2:], '{"step": 5']))
+    directory.begin({}, 3, said.append)
+    assert directory.metrics.read_text().splitlines() == lines[:3]
+    assert said == ["metrics.jsonl: WARNING: dropped 2 damaged lines of an earlier start"]
+    directory.begin({}, 0, said.append)
+    assert not directory.metrics.exists()
