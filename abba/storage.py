@@ -253,8 +253,10 @@ def free_bytes(path: Path) -> int:
 
 
 def in_gb(size: int) -> str:
-    """A size for people: 1.23 GB, 0.4 MB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    """A size for people: 1.23 GB, 4.5 MB, 678 kB."""
+    if size >= 1e8:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 def is_there(path: Path) -> bool:

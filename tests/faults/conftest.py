@@ -19,7 +19,7 @@ _table: list[dict] = []
 
 
 def make_base(directory, **changes):
-    """2 layers, width 64, in bf16."""
+    """A toy of width 64 in bf16."""
     model = tiny_model(
         vocab_size=640, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, **changes
     )

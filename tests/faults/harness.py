@@ -20,6 +20,8 @@ from tests.distributed.ranks import NOTHING_STAYS, STORIES, free_port
 TRIALS = int(os.environ.get("ABBA_TRIALS", 3))
 SEED = int(os.environ.get("ABBA_SEED", 2026))
 STEPS, SAVE_STEPS = 24, 4
+LAYERS = 2 if TRIALS >= 100 else 1  # most of a toy's step is what DeepSpeed does for each module
+CHECKPOINT_BYTES = 104_000 * LAYERS  # of a checkpoint, about
 # DeepSpeed's launcher does it after a second; later, so that it is shown what the ranks do without it.
 LAUNCHER_TELLS_SECONDS = 7
 
