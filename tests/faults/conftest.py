@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.distributed.ranks import TINY
-from tests.faults.harness import SEED, Lab
+from tests.faults.harness import LAYERS, SEED, Lab
 from tests.models import tiny_model
 
 _table: list[dict] = []
@@ -21,7 +21,13 @@ _table: list[dict] = []
 def make_base(directory, **changes):
     """A toy of width 64 in bf16."""
     model = tiny_model(
-        vocab_size=640, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, **changes
+        vocab_size=640,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        num_hidden_layers=LAYERS,
+        **changes,
     )
     model.bfloat16().save_pretrained(directory)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(directory)
