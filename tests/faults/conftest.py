@@ -85,7 +85,12 @@ def pytest_sessionfinish():
         return
     path = Path(os.environ["ABBA_TABLE"])
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    rows = [{**row, "seconds": round(row["seconds"], 1)} for row in _table]
+    merged: dict[str, dict] = {}
+    for row in _table:  # several tests may add to one row
+        whole = merged.setdefault(row["row"], {"row": row["row"], "trials": 0, "failures": 0, "seconds": 0.0})
+        for key in ("trials", "failures", "seconds"):
+            whole[key] = round(whole[key] + row[key], 1)
+    rows = list(merged.values())
     path.write_text(json.dumps({"seed": SEED, "machine": machine, "rows": rows}, indent=2) + "\n")
     lines = [f"Seed {SEED}; {machine}", "", "| row | trials | failures | seconds |", "|---|---|---|---|"]
     lines += [f"| {row['row']} | {row['trials']} | {row['failures']} | {row['seconds']:.0f} |" for row in rows]

@@ -58,7 +58,7 @@ def victim(what, process, below):
 
 
 def is_rank(command):
-    return "launcher.launch" not in command and "launch/train.py" in command and "torchrun" not in command
+    return "-u launch/train.py" in command and "launcher.launch" not in command
 
 
 def in_shared_memory():
