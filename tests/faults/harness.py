@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from abba.checkpoint.format import KINDS, ShardReader, list_checkpoints, read_state
 from tests import warm
 from tests.distributed.ranks import NOTHING_STAYS, STORIES, free_port
@@ -24,6 +26,10 @@ LAYERS = 2 if TRIALS >= 100 else 1  # most of a toy's step is what DeepSpeed doe
 CHECKPOINT_BYTES = 104_000 * LAYERS  # of a checkpoint, about
 # DeepSpeed's launcher does it after a second; later, so that it is shown what the ranks do without it.
 LAUNCHER_TELLS_SECONDS = 7
+
+
+# Rows that make test has no time for.
+beyond_make_test = pytest.mark.skipif(TRIALS < 10, reason="runs in CI and in make test-faults")
 
 
 def some(cases: list, few: list) -> list:

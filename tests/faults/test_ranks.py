@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.harness import some
+from tests.faults.harness import beyond_make_test, some
 
 pytestmark = pytest.mark.timeout(7200)
 ERRORS = ["ValueError", "MemoryError"]
@@ -38,6 +38,7 @@ def test_a_rank_that_hangs_is_named_when_the_collective_times_out(lab, reference
         assert lab.complete("hang") == reference()
 
 
+@beyond_make_test
 def test_a_slow_rank_changes_nothing(lab, reference, trial):
     with trial("A7 straggler"):
         finished, _ = lab.run("slow", 2, [{"rank": 1, "at": f"step {k}", "do": "sleep 0.5"} for k in range(3, 9)])

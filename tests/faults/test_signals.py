@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.faults.harness import STEPS, TRIALS, chance
+from tests.faults.harness import STEPS, TRIALS, beyond_make_test, chance
 
 pytestmark = pytest.mark.timeout(7200)
 
@@ -64,6 +64,7 @@ def test_a_second_signal_ends_at_once(lab, reference, trial):
         assert lab.complete("twice") == reference()
 
 
+@beyond_make_test
 def test_a_signal_that_comes_twice_through_a_launcher_is_one_request(lab, trial):
     with trial("A5 the same signal twice within a second"):
         both = [{"rank": 1, "at": "step 6", "do": "TERM"}, {"rank": 1, "at": "step 6", "do": "sleep 0.5"}]

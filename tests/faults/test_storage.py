@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.faults.harness import CHECKPOINT_BYTES, TRIALS, chance, some
+from tests.faults.harness import CHECKPOINT_BYTES, TRIALS, beyond_make_test, chance, some
 
 pytestmark = pytest.mark.timeout(7200)
 
@@ -76,6 +76,7 @@ def test_an_error_of_one_ranks_disk(lab, reference, trial, error):
             assert lab.outcome(name) == reference()
 
 
+@beyond_make_test
 def test_a_slow_disk_is_waited_for(lab, reference, trial):
     seconds = 30 if TRIALS > 10 else 2
     with trial("B5 slow fsync"):
@@ -93,6 +94,7 @@ def test_a_directory_that_vanishes_is_made_again(lab, reference, trial):
         assert lab.outcome("vanished") == reference()
 
 
+@beyond_make_test
 def test_checkpoints_behind_a_symbolic_link(lab, reference, trial, tmp_path):
     with trial("B5 checkpoints behind a symbolic link"):
         lab.output("linked").mkdir(parents=True)
