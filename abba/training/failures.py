@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,10 +76,15 @@ class World:
 
     def announced(self) -> list[Failure]:
         """Failures of other ranks of this start; until its name is known, since this process began. Causes first."""
-        if self.failures is None or not self.failures.is_dir():
+        try:
+            names = sorted(os.listdir(self.failures)) if self.failures is not None else []
+        except OSError:  # there is none, or rank 0 is deleting that of an earlier start
             return []
         found = []
-        for path in sorted(self.failures.glob(f"{self.start or '*'}-rank-*.json")):
+        for name in names:
+            path = self.failures / name
+            if not fnmatch(name, f"{self.start or '*'}-rank-*.json"):
+                continue
             try:
                 if self.start is not None or path.stat().st_mtime >= self._since:
                     found.append(Failure(**read_json(path)))

@@ -135,7 +135,7 @@ class RunDirectory:
         except (CheckpointError, KeyError, TypeError, ValueError):  # none yet, or none that counts
             count = 0
         if count >= STARTS:
-            said = [read_json(path)["what"] for path in sorted(self.failures.glob("*-rank-*.json"))]
+            said = [_what_failed(path) for path in sorted(self.failures.glob("*-rank-*.json"))]
             raise NoProgressError(
                 f"{self.path}: {count} starts in a row ended without a checkpoint after {newest}; "
                 f"the last one: {said[0] if said else 'no rank could say why, see its log'}; "
@@ -181,6 +181,13 @@ class RunDirectory:
             say(f"metrics.jsonl: WARNING: dropped {unreadable} damaged lines of an earlier start")
         kept.write_text("".join(line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step))
         kept.replace(self.metrics)
+
+
+def _what_failed(path: Path) -> str:
+    try:
+        return str(read_json(path)["what"])
+    except (CheckpointError, KeyError, TypeError):
+        return f"{path} cannot be read"
 
 
 def _step_of(line: str) -> int | None:

@@ -121,12 +121,14 @@ class Watch:
         if self._ended:
             return
         self._ended = True
-        if announce:
-            self._world.announce(Failure(self._world.rank, error.reason, error.exit_code))
-        self._before_exit(isinstance(error, PreemptedError))
         rank = self._world.rank
-        print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
-        os._exit(error.exit_code)
+        try:
+            print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
+            if announce:
+                self._world.announce(Failure(rank, error.reason, error.exit_code))
+            self._before_exit(isinstance(error, PreemptedError))
+        finally:  # whatever the disk says, this rank does not stay
+            os._exit(error.exit_code)
 
 
 def why(requested: int) -> str:

@@ -1,6 +1,10 @@
 """What ranks tell each other when one fails; and starts that are counted, forgiven and cleaned up after."""
 
 import json
+import os
+import signal
+import sys
+import time
 
 import pytest
 
@@ -8,6 +12,7 @@ from abba.errors import CheckpointError, NoProgressError, RankLostError
 from abba.training import failures
 from abba.training.failures import Failure, World, breaks_connection
 from abba.training.run_directory import RunDirectory
+from abba.training.watch import Watch
 
 
 def world(rank, directory, start="now", size=3):
@@ -52,6 +57,22 @@ def test_silent_ranks_are_named_when_nobody_knows_the_cause(tmp_path, monkeypatc
     assert not breaks_connection(ValueError("gloo")) and not breaks_connection(RuntimeError("shape mismatch"))
 
 
+def test_a_rank_that_is_told_to_end_ends_even_when_the_disk_fails(tmp_path):
+    def failing(uncount):
+        raise OSError(5, "Input/output error")
+
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(tmp_path / "said", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w")
+        Watch(world(0, tmp_path / "failures"), failing).start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert "SIGTERM outside the training steps" in (tmp_path / "said").read_text()
+
+
 def crash(directory, error=RuntimeError):
     with pytest.raises(error), directory.held("auto", False, None, lambda line: None):
         raise error("put in by the test")
@@ -64,6 +85,10 @@ def test_three_crashes_are_counted_and_what_a_user_mends_is_not(tmp_path):
     for _ in range(3):
         crash(directory)
     with pytest.raises(NoProgressError, match="3 starts in a row"), directory.held("auto", False, None, print):
+        pass
+    (tmp_path / "run/failures").mkdir()
+    (tmp_path / "run/failures/x-rank-00000.json").write_text("")
+    with pytest.raises(NoProgressError, match="cannot be read"), directory.held("auto", False, None, print):
         pass
     (tmp_path / "run/checkpoints/step-000004").mkdir(parents=True)  # progress
     for _ in range(3):
