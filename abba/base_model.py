@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from abba.base_config import check_config, check_tokenizer_config
 from abba.base_files import BaseFiles
 from abba.errors import AbbaError, CheckpointError, RecipeError, first_line
+from abba.hub import HubRepository
 from abba.storage import is_there
 
 # Deprecations inside libraries that their next release settles; a user can do nothing about them.
@@ -34,13 +34,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def find_base(name_or_path: str, revision: str | None, setting: str = "model.name_or_path") -> Path:
-    """The directory of a base model: as given, or its snapshot in the Hub cache. `setting`: what a user calls it.
-
-    Training never downloads a model: on a cluster that would be every node at once, or none for lack of a network.
+def hub_model(name_or_path: str, revision: str | None, setting: str = "model.name_or_path") -> HubRepository | None:
+    """The repository that a user means, or None for a directory. `setting`: what the user calls it.
 
     Raises:
-        CheckpointError: it is neither a directory nor in the Hub cache; says how to fetch it.
+        CheckpointError: it is a directory without a model, or a path of none.
+        RecipeError: a directory with a revision.
     """
     directory = Path(name_or_path)
     if is_there(directory):
@@ -50,20 +49,32 @@ def find_base(name_or_path: str, revision: str | None, setting: str = "model.nam
             )
         if not (directory / "config.json").is_file():
             raise CheckpointError(f"{setting}: {directory} is no model directory: it has no config.json")
-        return directory
+        return None
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise CheckpointError(
             f"{setting}: {name_or_path!r} is no directory (seen from {Path.cwd()}); give one, or a Hub name"
         )
-    try:
-        found = snapshot_download(name_or_path, revision=revision, local_files_only=True)
-    except (OSError, ValueError):  # HFValidationError among them
-        fetch = f"hf download {name_or_path}" + (f" --revision {revision}" if revision else "")
+    return HubRepository("model", name_or_path, revision)
+
+
+def find_base(name_or_path: str, revision: str | None, setting: str = "model.name_or_path") -> Path:
+    """The directory of a base model: as given, or its snapshot in the Hub cache.
+
+    Training never downloads: on a cluster that would be every node at once, or none for lack of a network.
+
+    Raises:
+        CheckpointError: it is neither a directory nor in the Hub cache; says how to fetch it.
+    """
+    repository = hub_model(name_or_path, revision, setting)
+    if repository is None:
+        return Path(name_or_path)
+    found = repository.find()
+    if found is None:
         raise CheckpointError(
             f"{setting}: {name_or_path!r} is neither a directory (seen from {Path.cwd()}) "
-            f"nor in the Hub cache; fetch it first: {fetch} --exclude 'original/*'"
-        ) from None
-    return Path(found)
+            f"nor whole in the Hub cache; fetch it first: {repository.command}"
+        )
+    return found
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -51,8 +51,8 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     micro_batch = settings.per_device_train_batch_size
     accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
 
-    # Data: rank 0 fetches and tokenises before anyone joins; the others find the result on disk.
-    base, padding, data = prepare(recipe, directory, ranks.is_main, say)
+    # Data: tokenised by launch/prepare.py, or now by rank 0 before anyone joins; the others find the result on disk.
+    base, padding, data = prepare(recipe, ranks.is_main, say)
     train_rows, eval_rows = split_rows(len(data), recipe.data.eval_rows, settings.seed)
     plan = BatchPlan(train_rows, settings.global_batch_size, micro_batch, settings.seed)
     steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
@@ -65,7 +65,7 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     # Resume: the newest valid checkpoint of this run, or none.
     wanted = recipe.checkpoint
     resumed = find_resume_point(wanted.resume, wanted.strict, directory.checkpoints, ranks, device, say)
-    identity = fingerprint(recipe.model_dump(mode="json"), data.path, base)
+    identity = fingerprint(recipe.model_dump(mode="json"), data.sha256, base)
     if resumed is not None:
         refuse_changes(resumed, identity, wanted.allow_changed, steps, say)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from abba.errors import AbbaError, DataError, first_line
-from abba.storage import is_there, open_regular
+from abba.hub import HubRepository
+from abba.storage import hash_file, is_there, open_regular
 
 CHUNK = 1000
 LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -98,30 +99,61 @@ def _check_content(local: Path) -> None:
         raise DataError(f"{local}: cannot be read: its content is not that of a {local.suffix} file")
 
 
+def hub_dataset(source: RowSource) -> HubRepository | None:
+    """The repository that a user means, or None for a file.
+
+    Raises:
+        DataError: it is neither a dataset file nor a name that a repository can have.
+    """
+    local = Path(source.path)
+    if local.suffix in LOCAL_FORMATS:
+        if not is_there(local):
+            raise DataError(f"{source.path!r}: no such file (seen from {Path.cwd()})")
+        return None
+    if is_there(local):
+        known = ", ".join(LOCAL_FORMATS)
+        raise DataError(f"{source.path!r}: is no dataset file; give one that ends in {known}")
+    if not HUB_NAME.fullmatch(source.path):
+        raise DataError(f"{source.path!r}: is no file here and no Hub dataset, whose names are OWNER/NAME")
+    return HubRepository("dataset", source.path, source.revision)
+
+
+def find_dataset(source: RowSource) -> Path:
+    """The file, or the repository's snapshot in the Hub cache, whose name is the commit. No network.
+
+    Raises:
+        DataError: there is none; says how to fetch it.
+    """
+    repository = hub_dataset(source)
+    found = Path(source.path) if repository is None else repository.find()
+    if found is None:
+        raise DataError(
+            f"{source.path!r} is neither a file here nor whole in the Hub cache; fetch it first: {repository.command}, "
+            "or give a .jsonl file"
+        )
+    return found
+
+
+def content_of(source: RowSource) -> list[str | None]:
+    """What tells the rows of `source` from others, wherever they lie: a file's hash, or a repository's commit."""
+    found = find_dataset(source)
+    if hub_dataset(source) is None:
+        return [found.suffix, hash_file(found).sha256]
+    return [source.path, source.name, found.name]
+
+
 def _open(source: RowSource) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    local = Path(source.path)
+    found, is_file = find_dataset(source), hub_dataset(source) is None
     try:
-        if local.suffix in LOCAL_FORMATS:
-            if not is_there(local):
-                raise DataError(f"{source.path!r}: no such file (seen from {Path.cwd()})")
-            _check_content(local)
-            return datasets.load_dataset(LOCAL_FORMATS[local.suffix], data_files=str(local), split=source.split)
-        if is_there(local):
-            known = ", ".join(LOCAL_FORMATS)
-            raise DataError(f"{source.path!r}: is no dataset file; give one that ends in {known}")
-        if not HUB_NAME.fullmatch(source.path):
-            raise DataError(f"{source.path!r}: is no file here and no Hub dataset, whose names are OWNER/NAME")
-        return datasets.load_dataset(source.path, source.name, revision=source.revision, split=source.split)
+        if is_file:
+            _check_content(found)
+            return datasets.load_dataset(LOCAL_FORMATS[found.suffix], data_files=str(found), split=source.split)
+        return datasets.load_dataset(str(found), source.name, split=source.split)
     except AbbaError:
         raise
-    except Exception as error:  # datasets raises errors of arrow, the Hub client, fsspec and its own
+    except Exception as error:  # datasets raises errors of arrow, pandas, fsspec and its own
         cause = first_line(error.__cause__ or error)
-        if local.suffix in LOCAL_FORMATS:
-            raise DataError(f"{source.path}: cannot be read: {cause}") from None
-        raise DataError(
-            f"{source.path!r} is neither a file here nor to be had from the Hub ({cause}); on a machine "
-            f"with access run: hf download --repo-type dataset {source.path}, or give a .jsonl file"
-        ) from None
+        raise DataError(f"{source.path}: cannot be read: {cause}") from None

@@ -61,6 +61,10 @@ class BatchPlan:
         self._rows, self._global, self._micro, self._seed = rows, global_batch, micro_batch, seed
         self._orders: dict[int, list[int]] = {}
 
+    @property
+    def rows_per_step(self) -> int:
+        return self._global
+
     def steps_for(self, epochs: float) -> int:
         """Steps until every row was seen `epochs` times; the last one may take rows of the next epoch."""
         return max(1, -(-round(len(self._rows) * epochs) // self._global))

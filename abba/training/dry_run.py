@@ -9,6 +9,7 @@ import yaml
 from abba.adapter.inject import find_targets
 from abba.base_model import DTYPES, build_empty, choose_attention, find_base, load_config, load_tokenizer
 from abba.training.batches import BatchPlan, split_rows
+from abba.training.data_report import data_report
 from abba.training.prepare import accumulation_steps, row_source
 from abba.training.recipe import Recipe
 from abba.training.tokens import TokenizedRows, prepare_tokens
@@ -37,17 +38,14 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
         limits = (recipe.data.max_length, recipe.data.max_bad_rows)
         prepare_tokens(row_source(recipe.data), *limits, tokenizer, tokens)
         data = TokenizedRows(tokens)
-    train_rows, eval_rows = split_rows(len(data), recipe.data.eval_rows, settings.seed)
+    train_rows, _ = split_rows(len(data), recipe.data.eval_rows, settings.seed)
     plan = BatchPlan(train_rows, settings.global_batch_size, micro, settings.seed)
     steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
 
     print(f"# batches, on {world_size} rank{'s' * (world_size > 1)}: the launcher decides, see its --num_gpus")
     print(*data.notes, sep="\n", end="\n" * bool(data.notes))
-    print(f"{len(train_rows):,} rows to train on, {len(eval_rows):,} held out, {data.tokens(train_rows):,} tokens")
-    print(
-        f"global batch {settings.global_batch_size} = {world_size} ranks x {micro} rows x {accumulation} times; "
-        f"{steps:,} steps, {plan.epoch_at(steps):.2f} epochs"
-    )
+    print(*data_report(data, train_rows, plan, steps, micro), sep="\n")
+    print(f"global batch {settings.global_batch_size} = {world_size} ranks x {micro} rows x {accumulation} times")
     print("\n# adapter")
     trainable = sum((m.in_features + m.out_features) * (adapter.r1 + adapter.r2) for m in targets.values())
     total = sum(p.numel() for p in model.parameters())

@@ -1,16 +1,21 @@
-"""What must be there before ranks join: recipe checked, run directory, base model found, rows tokenised once."""
+"""What must be there before ranks join: recipe checked, base model and dataset found, rows tokenised once.
+
+`python launch/prepare.py` does it ahead of a job, and is the only one that downloads. A job does what is left.
+"""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from abba.base_model import find_base, load_config, load_tokenizer
+from abba.base_model import find_base, hub_model, load_config, load_tokenizer
 from abba.errors import CheckpointError, RecipeError
 from abba.text.encode import padding_id
-from abba.text.rows import RowSource
+from abba.text.rows import RowSource, hub_dataset
 from abba.training.recipe import DataSection, Recipe
-from abba.training.run_directory import RunDirectory, wait_for
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
+
+SHARED_WITHIN_SECONDS = 120
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
@@ -33,30 +38,53 @@ def row_source(data: DataSection) -> RowSource:
     return RowSource(**{field.name: getattr(data, field.name) for field in dataclasses.fields(RowSource)})
 
 
-def prepare(
-    recipe: Recipe, directory: RunDirectory, is_main: bool, say: Callable[[str], None]
-) -> tuple[Path, int, TokenizedRows]:
-    """(base model's directory, id to pad with, tokenised rows).
+def fetch(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Download what the recipe names and the Hub cache lacks; say which commits these are.
+
+    What the cache has whole stays as it is, so that a job and its next start find the same.
+
+    Raises:
+        CheckpointError: the base model is not to be had. DataError: a dataset is not.
+    """
+    named = {
+        "model": (recipe.model.name_or_path, hub_model(recipe.model.name_or_path, recipe.model.revision)),
+        "data": (recipe.data.path, hub_dataset(row_source(recipe.data))),
+    }
+    if recipe.evaluate is not None:
+        questions = dataclasses.replace(row_source(recipe.data), path=recipe.evaluate.path, revision=None)
+        named["evaluate"] = (questions.path, hub_dataset(questions))
+    for section, (name, repository) in named.items():
+        if repository is None:
+            say(f"{section}: {name}, which is here")
+            continue
+        found = repository.find()
+        if found is None:
+            say(f"{section}: fetching {name} from the Hub")
+            found = repository.fetch()
+        pin = "" if repository.revision == found.name or section == "evaluate" else f"; {section}.revision can pin it"
+        say(f"{section}: {name} at commit {found.name}{pin}")
+
+
+def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[Path, int, TokenizedRows]:
+    """(base model's directory, id to pad with, tokenised rows). No network.
 
     Rank 0 writes, and fails, before any process group exists: nobody waits in a collective that would time out. The
     others wait for the tokens file, whose name is a hash of what it is made from.
 
     Raises:
-        CheckpointError: the base model cannot be found.
+        CheckpointError: the base model cannot be found, or the tokens cannot be written.
         DataError: the dataset cannot be used.
     """
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     vocabulary = load_config(base).get_text_config().vocab_size
     tokenizer = load_tokenizer(base)
     source, limits = row_source(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
-    tokens = tokens_path(source, *limits, tokenizer, directory.tokens)
-    if not is_main:
-        wait_for(tokens)
-    elif tokens.is_file():
-        say(f"data: {tokens} holds these rows as tokens already")
-    else:
-        prepare_tokens(source, *limits, tokenizer, tokens)
-    data = TokenizedRows(tokens)
+    path = tokens_path(source, *limits, tokenizer, Path(recipe.data.prepared_path))
+    data = (_found(path, say) if path.is_file() else None) if is_main else _from_rank_0(path)
+    if data is None:
+        prepare_tokens(source, *limits, tokenizer, path)
+        say(f"data: tokenised into {path}")
+        data = TokenizedRows(path)
     for note in data.notes:
         say(f"data: {note}")
     for key in ("name", "revision"):
@@ -68,3 +96,52 @@ def prepare(
             "tokenizer and model do not belong together"
         )
     return base, padding_id(tokenizer), data
+
+
+def _found(path: Path, say: Callable[[str], None]) -> TokenizedRows | None:
+    """The tokens of an earlier start or another run; None after a damaged file was removed."""
+    try:
+        data = TokenizedRows(path)
+    except CheckpointError as error:
+        say(f"data: WARNING: {error.reason.removesuffix('; delete it')}; it is made anew")
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as refused:
+            raise CheckpointError(f"{path}: is damaged and cannot be removed: {refused.strerror}") from refused
+        return None
+    say(f"data: {path} holds these rows as tokens already")
+    return data
+
+
+def _from_rank_0(path: Path) -> TokenizedRows:
+    """Wait for the tokens, however long rank 0 takes; a damaged file is one that rank 0 will replace.
+
+    Raises:
+        CheckpointError: not even their directory appears, or a damaged file stays: this rank sees another disk.
+    """
+    started, damaged, failure = time.monotonic(), None, None
+    while True:
+        seen = _version(path)
+        late = time.monotonic() - started > SHARED_WITHIN_SECONDS
+        if seen is None:
+            if late and not path.parent.is_dir():
+                raise CheckpointError(
+                    f"data.prepared_path {path.parent}: rank 0 made it {SHARED_WITHIN_SECONDS} s ago and it is not "
+                    "here; put it on storage that all nodes share"
+                )
+        elif seen != damaged:
+            try:
+                return TokenizedRows(path)
+            except CheckpointError as error:
+                started, damaged, failure = time.monotonic(), seen, error
+        elif late:
+            raise failure
+        time.sleep(0.2)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -77,6 +77,7 @@ class DataSection(Section):
     max_rows: Positive | None = None
     max_bad_rows: Count = 0  # rows that cannot be trained on: more than this ends the run
     eval_rows: Count = 0  # held out for eval_loss, chosen by seed
+    prepared_path: Text = "runs/prepared"  # the tokens, shared by all runs on the same data
 
 
 class TrainSection(Section):

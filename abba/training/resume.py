@@ -21,7 +21,6 @@ from abba.sharded.checkpoint import newest_valid_together, restore_random_state
 from abba.sharded.initialize import starting_factors
 from abba.sharded.ranks import Ranks
 from abba.sharded.together import agree, share
-from abba.storage import hash_file
 
 SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
 # What changes what is shown or when it is saved, not what is computed.
@@ -37,7 +36,7 @@ class ResumePoint:
     state: CheckpointState
 
 
-def fingerprint(recipe: Mapping[str, Any], tokens: Path, base: Path) -> dict[str, Any]:
+def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path) -> dict[str, Any]:
     """What decides the numbers of a run: batch, data, base, adapter, software; never accumulation or world size.
 
     Data and base are known by their content, so that they may move: the hash of the tokens, that of the base's
@@ -46,7 +45,7 @@ def fingerprint(recipe: Mapping[str, Any], tokens: Path, base: Path) -> dict[str
     model = {key: value for key, value in recipe["model"].items() if key not in ("name_or_path", "revision")}
     return {
         "train": {key: value for key, value in recipe["train"].items() if key not in BYSTANDERS},
-        "data": {"tokens": hash_file(tokens).sha256, "eval_rows": recipe["data"]["eval_rows"]},
+        "data": {"tokens": tokens, "eval_rows": recipe["data"]["eval_rows"]},
         "adapter": recipe["adapter"],
         "model": {**model, "config": hashlib.sha256((base / "config.json").read_bytes()).hexdigest()},
         "software": {name: importlib.metadata.version(name) for name in SOFTWARE},

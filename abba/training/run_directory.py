@@ -3,7 +3,6 @@
 runs/NAME/
     recipe.yaml        as resolved
     metrics.jsonl      one line per optimizer step, one per save
-    tokens/            the tokenised dataset
     checkpoints/       step-000100/ and so on
     adapter/           the result, in PEFT's LoHa form
     lock.json, starts.json, failures/    of a run that is alive, or did not end well
@@ -11,7 +10,6 @@ runs/NAME/
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,14 +20,13 @@ import yaml
 from abba.adapter.files import refuse_occupied
 from abba.checkpoint.format import list_checkpoints, remove_checkpoints, remove_leftovers
 from abba.errors import CheckpointError, DataError, NoProgressError, PreemptedError, RecipeError
-from abba.storage import free_bytes, in_gb, is_there, make_directory, read_json, write_json
+from abba.storage import free_bytes, in_gb, make_directory, read_json, write_json
 from abba.training.run_lock import RunLock
 
 STARTS = 3  # in a row that may end without a new checkpoint
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # an fp32 master and two moments
 SMALL_FILES_BYTES = 1_000_000  # headers, state, metrics
-SHARED_WITHIN_SECONDS = 120
-LEFT_BY_KILLED = (".adapter.tmp-*", ".adapter.replaced-*", ".lock.json.*", ".write-test-*", "tokens/.*.tmp-*")
+LEFT_BY_KILLED = (".adapter.tmp-*", ".adapter.replaced-*", ".lock.json.*", ".write-test-*")
 
 
 class RunDirectory:
@@ -39,7 +36,6 @@ class RunDirectory:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
-        self.tokens = self.path / "tokens"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.evaluation = self.path / "evaluation"
@@ -62,7 +58,6 @@ class RunDirectory:
                 self._check_earlier_run(resume, overwrite)
                 self._count_start()
                 self._clean_up(say)
-                self.tokens.mkdir(exist_ok=True)
             try:
                 yield self._lock.token
             except (RecipeError, DataError, CheckpointError, PreemptedError, KeyboardInterrupt):
@@ -195,19 +190,3 @@ def _step_of(line: str) -> int | None:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def wait_for(path: Path) -> None:
-    """Wait until rank 0 has prepared `path`, however long that takes; in a collective the wait would time out.
-
-    Raises:
-        CheckpointError: not even its directory appears; output_dir is not on storage that all nodes share.
-    """
-    started = time.monotonic()
-    while not is_there(path):
-        if time.monotonic() - started > SHARED_WITHIN_SECONDS and not path.parent.is_dir():
-            raise CheckpointError(
-                f"{path.parent}: rank 0 made it {SHARED_WITHIN_SECONDS} s ago and it is not here; "
-                "put output_dir on storage that all nodes share"
-            )
-        time.sleep(0.2)

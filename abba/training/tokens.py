@@ -1,12 +1,16 @@
-"""Rows to tokens, once for all ranks.
+"""Rows to tokens, once for all ranks and all runs on the same data.
 
-The tokens of a run lie in one safetensors file: `input_ids`, all rows joined, and for each row its `stops` (end in
-`input_ids`), `prompts` (tokens of the prompt, which are not trained on) and `sources` (row number in the dataset).
+The tokens lie in one safetensors file, which says its own hash: `input_ids`, all rows joined, and for each row its
+`stops` (end in `input_ids`), `prompts` (tokens of the prompt, which are not trained on), `sources` (row number in the
+dataset) and `uncut` (tokens before max_length cut it).
 """
 
 import hashlib
 import json
 import os
+import time
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +20,30 @@ from torch import Tensor
 
 from abba.errors import CheckpointError, DataError
 from abba.parsing import parse_json
-from abba.storage import SafetensorsFile, Spec, hash_file, is_there, write_safetensors
+from abba.storage import SafetensorsFile, Spec, free_bytes, in_gb, make_directory, write_safetensors
 from abba.text.encode import encode_prompt, encode_response
 from abba.text.prompt import INSTRUCTION_PROMPT
-from abba.text.rows import BadRows, RowSource, usable_rows
+from abba.text.rows import BadRows, RowSource, content_of, usable_rows
 
-FORMAT_VERSION = 1
-LAYOUT = {"input_ids": torch.int32, "stops": torch.int64, "prompts": torch.int64, "sources": torch.int64}
+FORMAT_VERSION = 2
+LAYOUT = {
+    "input_ids": torch.int32,
+    "stops": torch.int64,
+    "prompts": torch.int64,
+    "sources": torch.int64,
+    "uncut": torch.int64,
+}
+KILLED_WHILE_WRITING_SECONDS = 3600  # a temporary file that is so old has no writer any more
 
 
 def tokens_path(source: RowSource, max_length: int, max_bad_rows: int, tokenizer: Any, directory: Path) -> Path:
-    """Where the tokens of `source` belong: named by a hash of everything that they depend on."""
-    local = Path(source.path)
-    content = hash_file(local).sha256 if is_there(local) and local.is_file() else None
+    """Where the tokens of `source` belong: named by a hash of everything that they depend on, and of nothing else."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    taken = [source.split, source.instruction_field, source.input_field, source.response_field, source.max_rows]
     limits = (max_length, max_bad_rows)
-    parts = [FORMAT_VERSION, source.__dict__, limits, content, vocabulary, tokenizer.eos_token_id, INSTRUCTION_PROMPT]
+    parts = [FORMAT_VERSION, content_of(source), taken, limits]
+    parts += [vocabulary, tokenizer.eos_token_id, INSTRUCTION_PROMPT]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return directory / f"tokens-{digest[:20]}.safetensors"
 
@@ -42,9 +53,12 @@ def prepare_tokens(source: RowSource, max_length: int, max_bad_rows: int, tokeni
 
     Raises:
         DataError: the dataset cannot be read, lacks the fields, is empty, or has more bad rows than allowed.
+        CheckpointError: `path` cannot be written.
     """
-    bad, truncated, total = BadRows(), 0, 0
-    ids, stops, prompts, sources = [], [], [], []
+    make_directory(path.parent, "data.prepared_path")
+    bad, total = BadRows(), 0
+    ids: list[np.ndarray] = []
+    columns: dict[str, list[int]] = {"stops": [], "prompts": [], "sources": [], "uncut": []}
     for numbers, instructions, responses in usable_rows(source, bad):
         encoded = zip(
             numbers, encode_prompt(tokenizer, instructions), encode_response(tokenizer, responses), strict=True
@@ -54,13 +68,10 @@ def prepare_tokens(source: RowSource, max_length: int, max_bad_rows: int, tokeni
                 bad.add(row, f"all labels are masked: the prompt alone fills data.max_length={max_length} tokens")
                 continue
             example = [*prompt, *response]
-            truncated += len(example) > max_length
-            example = example[:max_length]
-            ids.append(np.asarray(example, dtype=np.int32))
-            total += len(example)
-            stops.append(total)
-            prompts.append(len(prompt))
-            sources.append(row)
+            ids.append(np.asarray(example[:max_length], dtype=np.int32))
+            total += len(ids[-1])
+            for name, value in zip(columns, (total, len(prompt), row, len(example)), strict=True):
+                columns[name].append(value)
     if bad.reasons.total() > max_bad_rows:
         raise DataError(
             f"{source.path}: {bad.reasons.total()} rows cannot be trained on ({bad.first}); "
@@ -68,24 +79,47 @@ def prepare_tokens(source: RowSource, max_length: int, max_bad_rows: int, tokeni
         )
     if not ids:
         raise DataError(f"{source.path}: has no row to train on")
-    notes = [f"left out {count} rows: {reason}" for reason, count in bad.reasons.items()]
-    if truncated:
-        notes.append(f"cut {truncated} of {len(ids)} rows to data.max_length={max_length} tokens")
-    tensors = {
-        "input_ids": torch.from_numpy(np.concatenate(ids)),
-        "stops": torch.tensor(stops),
-        "prompts": torch.tensor(prompts),
-        "sources": torch.tensor(sources),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    tensors = {name: torch.tensor(values) for name, values in columns.items()}
+    write_tokens(path, {"input_ids": torch.from_numpy(np.concatenate(ids)), **tensors}, bad.reasons)
+
+
+def write_tokens(path: Path, tensors: Mapping[str, Tensor], left_out: Mapping[str, int]) -> None:
+    """Write a tokens file. It appears whole or not at all; of two that write it at once the later one stays.
+
+    Args:
+        left_out: rows that are not in it, counted by reason.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     layout = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    write_safetensors(temporary, layout, tensors.values(), {"notes": json.dumps(notes)})
-    os.replace(temporary, path)
+    reasons = json.dumps(left_out)
+    metadata = {"left_out": reasons, "sha256": _digest(tensors, reasons)}
+    try:
+        for old in path.parent.glob(".tokens-*.tmp-*"):
+            if time.time() - old.stat().st_mtime > KILLED_WHILE_WRITING_SECONDS:
+                old.unlink(missing_ok=True)
+        write_safetensors(temporary, layout, tensors.values(), metadata)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise CheckpointError(
+            f"data.prepared_path {path.parent}: {path.name}, {in_gb(size)}, cannot be written: {error.strerror}; "
+            f"{in_gb(free_bytes(path.parent))} are free; make room, or choose another place"
+        ) from error
+
+
+def _digest(tensors: Mapping[str, Tensor], left_out: str) -> str:
+    digest = hashlib.sha256(left_out.encode())
+    for name in sorted(tensors):
+        digest.update(memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 class TokenizedRows:
-    """The rows of a tokens file, read into memory: 4 bytes a token.
+    """The rows of a tokens file, verified and read into memory: 4 bytes a token.
 
     Raises:
         CheckpointError: the file is damaged, or is no tokens file.
@@ -97,24 +131,42 @@ class TokenizedRows:
             found = {name: (stored.dtype, len(stored.shape)) for name, stored in file.tensors.items()}
             if found != {name: (dtype, 1) for name, dtype in LAYOUT.items()}:
                 raise CheckpointError(f"{path}: is no tokens file: it should hold {', '.join(LAYOUT)}; delete it")
-            self._ids, self._stops, self._prompts, self.sources = (file.read_full(name) for name in LAYOUT)
-            said = file.metadata.get("notes", "[]")
+            tensors = {name: file.read_full(name) for name in LAYOUT}
+            said, self.sha256 = file.metadata.get("left_out", ""), file.metadata.get("sha256", "")
+        if _digest(tensors, said) != self.sha256:
+            raise CheckpointError(f"{path}: is damaged: its SHA-256 is another one than it says; delete it")
+        self._ids, self._stops, self._prompts, self.sources, self.uncut = tensors.values()
         self._starts = torch.cat([self._stops.new_zeros(1), self._stops[:-1]])
-        lengths = self._stops - self._starts
-        rows = {len(self._stops), len(self._prompts), len(self.sources)}
-        if len(rows) > 1 or not len(lengths) or self._stops[-1] != len(self._ids) or self._ids.min() < 0:
+        self.lengths = self._stops - self._starts
+        rows = {len(tensors[name]) for name in LAYOUT if name != "input_ids"}
+        if len(rows) > 1 or not len(self) or self._stops[-1] != len(self._ids) or self._ids.min() < 0:
             raise CheckpointError(f"{path}: its tensors do not belong together; delete it")
-        if (lengths < 1).any() or (self._prompts < 0).any() or (self._prompts >= lengths).any():
+        if (self.lengths < 1).any() or (self._prompts < 0).any() or (self._prompts >= self.lengths).any():
             raise CheckpointError(f"{path}: has rows that end before they start; delete it")
+        if (self.uncut < self.lengths).any():
+            raise CheckpointError(f"{path}: has rows that are longer than they were; delete it")
         try:
-            notes = parse_json(said.encode())
-        except ValueError as error:
-            raise CheckpointError(f"{path}: its notes are damaged: {error}; delete it") from error
-        self.notes = [str(note) for note in notes] if isinstance(notes, list) else []  # what was left out or cut
+            left_out = parse_json(said.encode())
+            self.left_out = {str(reason): int(count) for reason, count in left_out.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: what it says of rows left out is damaged: {error}; delete it") from error
 
     @property
     def largest_id(self) -> int:
         return int(self._ids.max())
+
+    @property
+    def cut(self) -> int:
+        """Rows that max_length has cut."""
+        return int((self.uncut > self.lengths).sum())
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out or cut, in words."""
+        notes = [f"left out {count} rows: {reason}" for reason, count in self.left_out.items()]
+        if self.cut:
+            notes.append(f"cut {self.cut} of {len(self)} rows to data.max_length={self.lengths.max()} tokens")
+        return notes
 
     def __len__(self) -> int:
         return len(self._stops)
@@ -126,8 +178,7 @@ class TokenizedRows:
         return int(self._prompts[row])
 
     def tokens(self, rows: list[int]) -> int:
-        index = torch.tensor(rows)
-        return int((self._stops[index] - self._starts[index]).sum())
+        return int(self.lengths[torch.tensor(rows)].sum())
 
     def supervised_tokens(self, rows: list[int]) -> int:
         return self.tokens(rows) - int(self._prompts[torch.tensor(rows)].sum())

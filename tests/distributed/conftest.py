@@ -33,7 +33,12 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def arguments(base):
     def build(output, *more):
-        fixed = [f"model.name_or_path={base}", f"output_dir={output}", f"data.path={STORIES / 'train.jsonl'}"]
+        fixed = [
+            f"model.name_or_path={base}",
+            f"output_dir={output}",
+            f"data.prepared_path={output}/tokens",
+            f"data.path={STORIES / 'train.jsonl'}",
+        ]
         fixed += ["model.dtype=float32", "model.attn_implementation=sdpa", "data.max_rows=256", "adapter.alpha=16"]
         fixed += ["adapter.r1=4", "adapter.r2=3", "train.global_batch_size=8", "train.per_device_train_batch_size=1"]
         fixed += [f"train.max_steps={STEPS}", "train.learning_rate=1e-2", "data.eval_rows=8"]

@@ -93,6 +93,7 @@ class Lab:
     def __init__(self, base: Path, root: Path, *overrides: str) -> None:
         self.root, self._starts = root, 0
         fixed = [f"model.name_or_path={base}", f"data.path={STORIES / 'train.jsonl'}", "data.max_rows=60"]
+        fixed += [f"data.prepared_path={root / 'prepared'}"]
         fixed += ["data.eval_rows=4", "train.eval_steps=12", "adapter.r1=4", "adapter.r2=3", "data.max_length=96"]
         fixed += ["train.global_batch_size=8", "train.per_device_train_batch_size=2", f"train.max_steps={STEPS}"]
         fixed += ["train.gradient_checkpointing=none"]

@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
 def test_torchrun_trains_on_two_ranks_and_leaves_a_whole_run(trained):
     run, said = trained
     assert "engine: 2 rank(s) x 1 micro-batch(es) a step" in said
-    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "metrics.jsonl", "tokens", "checkpoints", "adapter"}
+    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "metrics.jsonl", "checkpoints", "adapter"}
     checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert checkpoints == ["step-000002", "step-000003"]
     assert len(list((run / "checkpoints/step-000003").glob("shard-*-of-00002.safetensors"))) == 2

@@ -20,7 +20,7 @@ from abba.checkpoint.source import find_checkpoint
 from abba.errors import AbbaError, CheckpointError, DataError
 from abba.text.rows import BadRows, usable_rows
 from abba.training.recipe import load_recipe
-from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
+from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path, write_tokens
 from tests import warm
 from tests.checkpoint.test_format import write_checkpoint
 from tests.distributed.ranks import STORIES, TINY
@@ -226,21 +226,26 @@ def small(path, output):
 
 @pytest.mark.parametrize("kind", ["pickle", "torch-zip"])
 def test_in_place_of_the_tokens_of_a_run(tmp_path, canary, kind):
-    arguments = small(STORIES / "train.jsonl", tmp_path / "run")
+    prepared = tmp_path / "prepared"
+    arguments = [*small(STORIES / "train.jsonl", tmp_path / "run"), f"data.prepared_path={prepared}"]
     recipe = load_recipe("quickstart", arguments, ROOT / "recipes")
     rows = source(recipe.data.path, max_rows=40)
-    path = tokens_path(rows, recipe.data.max_length, 0, AutoTokenizer.from_pretrained(TINY), tmp_path / "run/tokens")
+    path = tokens_path(rows, recipe.data.max_length, 0, AutoTokenizer.from_pretrained(TINY), prepared)
     path.parent.mkdir(parents=True)
     path.write_bytes(PICKLES[kind](canary))
     finished = warm.run(tmp_path / "program", "launch/train.py", "--recipe", "quickstart", *arguments)
-    assert finished.returncode == 66 and "Traceback" not in finished.stderr, finished.stderr
-    assert path.name in finished.stderr and len(finished.stderr.strip().splitlines()) == 1
+    assert finished.returncode == 0, finished.stderr
+    said = [line for line in finished.stdout.splitlines() if line.startswith("data: WARNING")]
+    assert len(said) == 1 and path.name in said[0] and said[0].endswith("it is made anew")
+    assert len(TokenizedRows(path)) == 40
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"prompts": torch.tensor([9])},
+        {"uncut": torch.tensor([2])},
+        {"uncut": torch.tensor([3, 3])},
         {"stops": torch.tensor([2])},
         {"stops": torch.tensor([], dtype=torch.int64)},
         {"input_ids": torch.tensor([-1, 2, 3], dtype=torch.int32)},
@@ -250,13 +255,11 @@ def test_in_place_of_the_tokens_of_a_run(tmp_path, canary, kind):
     ],
 )
 def test_tokens_that_do_not_belong_together(tmp_path, change):
-    from safetensors.torch import save_file
-
     right = {"input_ids": torch.arange(3, dtype=torch.int32), "stops": torch.tensor([3])}
-    right |= {"prompts": torch.tensor([1]), "sources": torch.tensor([0])}
-    save_file(right, tmp_path / "right.safetensors", {"notes": "[]"})
+    right |= {"prompts": torch.tensor([1]), "sources": torch.tensor([0]), "uncut": torch.tensor([3])}
+    write_tokens(tmp_path / "right.safetensors", right, {})
     assert len(TokenizedRows(tmp_path / "right.safetensors")) == 1
-    save_file({**right, **change}, tmp_path / "wrong.safetensors")
+    write_tokens(tmp_path / "wrong.safetensors", {**right, **change}, {})
     assert "delete it" in refused(CheckpointError, TokenizedRows, tmp_path / "wrong.safetensors")
 
 

@@ -14,7 +14,7 @@ from abba.base_model import load_whole
 from abba.errors import CheckpointError
 from abba.parsing import parse_json
 from abba.storage import SafetensorsFile, Spec, read_json, write_safetensors
-from abba.training.tokens import TokenizedRows
+from abba.training.tokens import TokenizedRows, _digest
 from tests.distributed.ranks import TINY
 
 
@@ -235,12 +235,12 @@ def test_hostile_weights_of_a_base_that_is_loaded_whole(tmp_path, header, named)
     assert "\n" not in str(caught.value) and named in str(caught.value)
 
 
-@pytest.mark.parametrize("notes", ["[", "[" * 100_000, "{}", '["x\\u001b[2J"]', "9" * 5000])
-def test_notes_in_a_tokens_file(tmp_path, notes):
+@pytest.mark.parametrize("said", ["[", "[" * 100_000, "{}", '{"x\\u001b[2J": 3}', "9" * 5000, '{"x": "y"}', "[3]"])
+def test_what_a_tokens_file_says_of_rows_left_out(tmp_path, said):
     tensors = {"input_ids": torch.arange(3, dtype=torch.int32), "stops": torch.tensor([3])}
-    tensors |= {"prompts": torch.tensor([1]), "sources": torch.tensor([0])}
-    save_file(tensors, tmp_path / "x.safetensors", {"notes": notes})
-    if notes in ("{}", '["x\\u001b[2J"]'):
-        assert TokenizedRows(tmp_path / "x.safetensors").notes in ([], ["x\x1b[2J"])
+    tensors |= {"prompts": torch.tensor([1]), "sources": torch.tensor([0]), "uncut": torch.tensor([3])}
+    save_file(tensors, tmp_path / "x.safetensors", {"left_out": said, "sha256": _digest(tensors, said)})
+    if said in ("{}", '{"x\\u001b[2J": 3}'):
+        assert TokenizedRows(tmp_path / "x.safetensors").left_out in ({}, {"x\x1b[2J": 3})
     else:
-        assert "its notes are damaged" in refused(tmp_path / "x.safetensors", TokenizedRows)
+        assert "what it says of rows left out is damaged" in refused(tmp_path / "x.safetensors", TokenizedRows)

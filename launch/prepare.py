@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Fetch and tokenise what a recipe names, ahead of a training job; run it where the Hub can be reached.
+
+    python launch/prepare.py --recipe gsm8k.yaml
+    python launch/prepare.py --recipe gsm8k.yaml data.max_length=512 train.per_device_train_batch_size=8
+    HF_HUB_OFFLINE=1 python launch/prepare.py --recipe quickstart.yaml       # all of it is here already
+
+The job then starts without the Hub and without tokenising. Needs no GPU.
+"""
+
+import argparse
+import sys
+from functools import partial
+
+from common import RECIPES
+
+from abba.errors import AbbaError, exit_with
+from abba.training.recipe import Recipe, load_recipe
+
+
+def prepare_run(recipe: Recipe) -> None:
+    # Imported here because it takes seconds: a mistake in the recipe is shown at once.
+    from abba.training.batches import BatchPlan, split_rows
+    from abba.training.data_report import data_report
+    from abba.training.prepare import fetch, prepare
+
+    say, settings = partial(print, flush=True), recipe.train
+    fetch(recipe, say)
+    _, _, data = prepare(recipe, is_main=True, say=say)
+    train_rows, _ = split_rows(len(data), recipe.data.eval_rows, settings.seed)
+    micro_batch = settings.per_device_train_batch_size
+    plan = BatchPlan(train_rows, settings.global_batch_size, micro_batch, settings.seed)
+    steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
+    print(*data_report(data, train_rows, plan, steps, micro_batch), sep="\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, help="a YAML file, or a name in recipes/ with or without .yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, such as data.max_length=512")
+    arguments = parser.parse_intermixed_args()
+    try:
+        prepare_run(load_recipe(arguments.recipe, arguments.overrides, RECIPES))
+    except AbbaError as error:
+        return exit_with(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
