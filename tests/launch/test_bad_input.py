@@ -201,7 +201,7 @@ def test_the_other_programs(run, command, code, expected):
     assert not (ROOT / "out").exists()
 
 
-@pytest.mark.parametrize("program", ["train", "convert", "evaluate", "generate"])
+@pytest.mark.parametrize("program", ["train", "prepare", "convert", "evaluate", "generate"])
 def test_help_shows_examples(run, program):
     result = run(f"launch/{program}.py", "--help")
     assert result.returncode == 0
