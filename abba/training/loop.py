@@ -17,6 +17,7 @@ from abba.training.batches import BatchPlan, MicroBatch, collate
 from abba.training.failures import World
 from abba.training.loss import token_loss_sum
 from abba.training.metrics import Reporter, peak_memory_bytes
+from abba.training.stragglers import RankTimes, StepClock, Stragglers
 from abba.training.tokens import TokenizedRows
 from abba.training.watch import Watch, why
 
@@ -47,6 +48,8 @@ def train(
     steps: int,
     learning_rate: Callable[[int], float],
     reporter: Reporter,
+    logging_steps: int,
+    nodes: list[str],
     world: World,
     watch: Watch,
     save: Callable[[int], dict[str, float]],
@@ -58,6 +61,8 @@ def train(
 
     Args:
         learning_rate: rate of a step.
+        logging_steps: how often slow ranks are looked for.
+        nodes: each rank's host name.
         world: learns which step is being computed.
         watch: knows whether somebody has asked for a stop.
         save: writes a checkpoint after so many steps; returns what it took.
@@ -69,18 +74,20 @@ def train(
         CheckpointError: SAVE_ATTEMPTS saves in a row failed, or one after which there is no other.
     """
     engine.train()
-    failed_saves = 0
+    failed_saves, clock, stragglers = 0, StepClock(engine, stream.device), Stragglers(nodes)
     for step in range(first, steps):
         world.step = step + 1
-        started = time.monotonic()
+        clock.start()
         batches = stream.micro_batches(step)
-        data_seconds = time.monotonic() - started
+        clock.data_is_there()
 
         rate = learning_rate(step)
-        outcome = optimizer_step(engine, stream, step, batches, rate, started, data_seconds, watch)
-        step_seconds = time.monotonic() - started
+        outcome = optimizer_step(engine, stream, step, batches, rate, clock, watch)
+        step_seconds = clock.seconds()
 
         done, rows = step + 1, stream.plan.global_rows(step)
+        stragglers.add(done, outcome.times)
+        found, slow = stragglers.interval() if done % logging_steps == 0 or done == steps else ({}, None)
         tokens = stream.data.tokens(rows)
         record = {
             "step": done,
@@ -92,11 +99,13 @@ def train(
             "supervised_tokens": stream.data.supervised_tokens(rows),
             "tokens_per_second": tokens / step_seconds,
             "step_seconds": step_seconds,
-            "data_seconds": data_seconds,
+            "data_seconds": clock.data_seconds,
             "peak_memory_bytes": peak_memory_bytes(stream.device),
-            **outcome.slowest,
+            **found,
         }
         reporter.step(record)
+        if slow is not None:
+            reporter.say(slow)
         evaluating = evaluate is not None and (done == steps or (eval_steps and done % eval_steps == 0))
         if evaluating and done < steps and not outcome.stop:  # before the save, or a kill between the two would skip it
             reporter.evaluated(done, evaluate())
@@ -137,7 +146,7 @@ class StepOutcome:
     """Of one optimizer step, the same on every rank."""
 
     loss: float  # of the global batch, per supervised token
-    slowest: dict[str, float]
+    times: torch.Tensor  # (ranks, fields of RankTimes)
     stop: str | None  # who was asked to stop, and how
 
 
@@ -147,8 +156,7 @@ def optimizer_step(
     step: int,
     batches: list[MicroBatch],
     rate: float,
-    started: float,
-    data_seconds: float,
+    clock: StepClock,
     watch: Watch,
 ) -> StepOutcome:
     """Forward, backward, check, update; and what every rank has to know of the others. Collective.
@@ -172,7 +180,8 @@ def optimizer_step(
     # Every rank learns of every other's loss before anything is updated.
     values = torch.stack(losses).tolist()
     bad_batch = next((index for index, value in enumerate(values) if not math.isfinite(value)), -1)
-    mine = [sum(values), bad_batch, time.monotonic() - started, data_seconds, watch.requested]
+    times = clock.losses_are_known(sum(batch.input_ids.numel() for batch in batches))
+    mine = [sum(values), bad_batch, watch.requested, *times]
     everyone = _gather(mine, stream.device)
     for rank, (_, bad, *_) in enumerate(everyone.tolist()):
         if bad >= 0:
@@ -190,7 +199,9 @@ def optimizer_step(
             f"the gradient of step {step + 1}, dataset rows {_numbers(stream, rows)}, is not finite; "
             "nothing was updated; look at these rows, or lower train.learning_rate"
         )
-    return StepOutcome(float(everyone[:, 0].sum()) / supervised, _slowest(everyone), _stop(everyone))
+    return StepOutcome(
+        float(everyone[:, 0].sum()) / supervised, everyone[:, -len(RankTimes._fields) :], _stop(everyone)
+    )
 
 
 @torch.no_grad()
@@ -243,19 +254,8 @@ def _gather(values: list[float], device: torch.device) -> torch.Tensor:
     return torch.stack(gathered).cpu()
 
 
-def _slowest(everyone: torch.Tensor) -> dict[str, float]:
-    """The rank that was last to finish forward and backward.
-
-    Under ZeRO-3 a straggler holds up its peers at every layer, so the times lie close together; the seconds it spent on
-    its data are its own.
-    """
-    rank = int(everyone[:, 2].argmax())
-    seconds, data_seconds = everyone[rank, 2:4].tolist()
-    return {"slowest_rank": rank, "slowest_rank_seconds": seconds, "slowest_rank_data_seconds": data_seconds}
-
-
 def _stop(everyone: torch.Tensor) -> str | None:
-    asked = [(rank, int(number)) for rank, number in enumerate(everyone[:, 4]) if number]
+    asked = [(rank, int(number)) for rank, number in enumerate(everyone[:, 2]) if number]
     return f"{why(asked[0][1])} (rank {asked[0][0]})" if asked else None
 
 

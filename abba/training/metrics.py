@@ -74,8 +74,7 @@ class Reporter:
             eta = (time.monotonic() - self._started) / (done - self._first_step) * (self._steps - done)
             self.say(
                 f"step {done}/{self._steps}  {short}  lr {record['learning_rate']:.2e}  "
-                f"grad {record['grad_norm']:.3f}  {record['step_seconds']:.2f} s/step  ETA {_clock(eta)}  "
-                f"slowest rank {record['slowest_rank']} ({record['slowest_rank_data_seconds']:.2f} s on data)"
+                f"grad {record['grad_norm']:.3f}  {record['step_seconds']:.2f} s/step  ETA {_clock(eta)}"
             )
 
     def evaluated(self, step: int, loss: float) -> None:

@@ -12,7 +12,6 @@ from abba.base_model import choose_attention
 from abba.training import metrics
 
 RECORD = {"loss": 1.25, "tokens_per_second": 1234.5, "learning_rate": 1e-3, "grad_norm": 0.5, "step_seconds": 0.1}
-RECORD |= {"slowest_rank": 1, "slowest_rank_seconds": 0.1, "slowest_rank_data_seconds": 0.0}
 
 
 def said(tmp_path, monkeypatch, terminal):
@@ -31,7 +30,7 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
     lines = said(tmp_path, monkeypatch, terminal=False).splitlines()
     assert [line.split()[1] for line in lines if "loss 1.25" in line] == ["1/25", "10/25", "20/25", "25/25"]
     assert "step 20/25  eval loss 0.5000" in lines
-    assert "ETA 0:00:0" in lines[0] and "slowest rank 1" in lines[0] and "1,234 tokens/s" in lines[0]
+    assert "ETA 0:00:0" in lines[0] and "1,234 tokens/s" in lines[0]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 27
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[3])["step"] == 4
 
@@ -39,7 +38,6 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
     screen = said(tmp_path, monkeypatch, terminal=True)
     assert "loss 1.2500" in screen and "25/25" in screen and "eval loss 0.5000" in screen
-    assert "slowest" not in screen
 
 
 def test_lines_that_a_full_disk_refuses_are_written_when_it_is_empty_again(tmp_path, capsys):
