@@ -14,8 +14,8 @@ import torch
 
 
 class WaitClock:
-    """Adds up the time in DeepSpeed's two places that need the other ranks: gathering a module's weights before it
-    runs, and reducing the gradients after backward.
+    """Adds up the time in DeepSpeed's places that need the other ranks: gathering a module's weights before it runs,
+    reducing the gradients after backward, and, in the first steps, comparing the order of the modules.
 
     On a CPU the process blocks in them, and the wall clock is read. On a GPU it does not: it is the compute stream that
     stands still until the weights are there, so events are recorded on that stream on either side and read after the
@@ -32,10 +32,12 @@ class WaitClock:
         self._running, self._seconds = False, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
-        coordinator.fetch_sub_module = self._timed(coordinator.fetch_sub_module)
-        engine.optimizer.independent_gradient_partition_epilogue = self._timed(
-            engine.optimizer.independent_gradient_partition_epilogue
-        )
+        for owner, name in (
+            (coordinator, "fetch_sub_module"),
+            (coordinator, "reset_step"),
+            (engine.optimizer, "independent_gradient_partition_epilogue"),
+        ):
+            setattr(owner, name, self._timed(getattr(owner, name)))
 
     def start(self) -> None:
         """From now on waiting counts, and what came before (an evaluation, a save) does not."""

@@ -13,7 +13,7 @@ import torch
 
 from abba.sharded.waiting import WaitClock
 
-SLOW = 1.2  # times the median rank's own time
+SLOW = 1.2  # times the own time of the others' median
 MATTERS = 0.05  # of a step: less own time than that above the median is not worth a line
 
 
@@ -76,11 +76,12 @@ class Stragglers:
         if len(self._nodes) == 1 or not steps:
             return {}, None
         rank = int(means[:, 0].argmax())
-        slowest, median = RankTimes(*means[rank].tolist()), RankTimes(*means.median(dim=0).values.tolist())
+        others = torch.cat([means[:rank], means[rank + 1 :]]).median(dim=0).values
+        slowest, median = RankTimes(*means[rank].tolist()), RankTimes(*others.tolist())
         found = {"slowest_rank": rank, "slowest_rank_node": self._nodes[rank]}
         for name in ("own", "data", "waited"):
             found[f"slowest_rank_{name}_seconds"] = getattr(slowest, name)
-            found[f"median_rank_{name}_seconds"] = getattr(median, name)
+            found[f"other_ranks_median_{name}_seconds"] = getattr(median, name)
         excess = slowest.own - median.own
         if slowest.own <= SLOW * median.own or excess < MATTERS * (slowest.own + slowest.waited):
             return found, None
@@ -88,6 +89,6 @@ class Stragglers:
         waiting = f"waiting {slowest.waited:.2g} s, median {median.waited:.2g} s"
         tokens = f"{slowest.tokens:,.0f} tokens, median {median.tokens:,.0f}"
         return found, (
-            f"slow: rank {rank} on node {self._nodes[rank]}: {slowest.own:.3g} s a step of its own, median "
+            f"slow: rank {rank} on node {self._nodes[rank]}: {slowest.own:.3g} s a step of its own, the others' median "
             f"{median.own:.3g} s ({data}; {waiting}; {tokens}); steps {first}-{first + steps - 1}"
         )

@@ -12,14 +12,14 @@ from tests import warm
 from tests.distributed.ranks import free_port, read_metrics, run_ranks
 
 STEPS = [
-    "train.max_steps=6",
-    "train.logging_steps=3",
+    "train.max_steps=4",
+    "train.logging_steps=2",
     "train.per_device_train_batch_size=4",
     "data.eval_rows=0",
     "train.eval_steps=",
 ]
 LINE = re.compile(
-    r"slow: rank (\d+) on node (\S+): (\S+) s a step of its own, median (\S+) s \(data (\S+) s, .*steps (.*)"
+    r"slow: rank (\d+) on node (\S+): (\S+) s a step of its own, the others' median \S+ s \(data (\S+) s.*steps (.*)"
 )
 
 
@@ -28,22 +28,19 @@ def slow_run(tmp_path, arguments, where, rank, seconds):
     finished = run_ranks(tmp_path / "ranks", [command, command])
     assert [ended.returncode for ended in finished] == [0, 0], finished[0].stderr
     intervals = [record for record in read_metrics(tmp_path / "run") if "slowest_rank" in record]
-    assert [record["step"] for record in intervals] == [3, 6]
+    assert [record["step"] for record in intervals] == [2, 4]
     return LINE.findall(finished[0].stdout), intervals
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_slow_at_its_data(tmp_path, arguments, rank):
-    lines, intervals = slow_run(tmp_path, arguments, "data", str(rank), 1.5)
-    assert [(int(line[0]), line[1], line[5]) for line in lines] == [
-        (rank, socket.gethostname(), "1-3"),
-        (rank, socket.gethostname(), "4-6"),
-    ]
+def test_a_rank_that_is_slow_at_its_data(tmp_path, arguments):
+    lines, intervals = slow_run(tmp_path, arguments, "data", "1", 3)
+    node = socket.gethostname()
+    assert [(line[0], line[1], line[4]) for line in lines] == [("1", node, "1-2"), ("1", node, "3-4")]
     for found in intervals:
-        assert found["slowest_rank"] == rank and 1.5 <= found["slowest_rank_data_seconds"] < 2
-        assert found["median_rank_data_seconds"] < 0.5
-        assert found["median_rank_waited_seconds"] > 1, "the other one waits for it"
-        assert found["slowest_rank_own_seconds"] - found["median_rank_own_seconds"] == pytest.approx(1.5, rel=0.3)
+        assert found["slowest_rank"] == 1 and 3 <= found["slowest_rank_data_seconds"] < 3.5
+        assert found["other_ranks_median_data_seconds"] < 0.5
+        assert found["other_ranks_median_waited_seconds"] > 2, "the other one waits for it"
+        assert found["slowest_rank_own_seconds"] - found["other_ranks_median_own_seconds"] == pytest.approx(3, rel=0.3)
 
 
 def test_a_rank_that_is_slow_at_computing(tmp_path, arguments):
@@ -52,14 +49,14 @@ def test_a_rank_that_is_slow_at_computing(tmp_path, arguments):
     assert [int(line[0]) for line in lines] == [1, 1]
     for found in intervals:
         assert found["slowest_rank_data_seconds"] < 0.5, "it is not the data"
-        excess = found["slowest_rank_own_seconds"] - found["median_rank_own_seconds"]
+        excess = found["slowest_rank_own_seconds"] - found["other_ranks_median_own_seconds"]
         assert excess == pytest.approx(2 * 14 * 0.08, rel=0.3)
 
 
 def test_ranks_that_are_equally_slow_are_not_named(tmp_path, arguments):
     lines, intervals = slow_run(tmp_path, arguments, "forward", "all", 0.1)
     assert lines == []
-    assert all(record["median_rank_own_seconds"] > 2 * 14 * 0.1 for record in intervals)
+    assert all(record["other_ranks_median_own_seconds"] > 2 * 14 * 0.1 for record in intervals)
 
 
 def test_a_rank_whose_process_is_stopped_again_and_again(tmp_path, arguments):
@@ -75,7 +72,7 @@ def test_a_rank_whose_process_is_stopped_again_and_again(tmp_path, arguments):
     try:
         while not (run / "metrics.jsonl").exists() and victim.exitcode is None:
             time.sleep(0.05)
-        while victim.exitcode is None and len((run / "metrics.jsonl").read_text().splitlines()) < 6:
+        while victim.exitcode is None and len((run / "metrics.jsonl").read_text().splitlines()) < 4:
             os.kill(victim.pid, signal.SIGSTOP)
             time.sleep(0.6)
             os.kill(victim.pid, signal.SIGCONT)

@@ -1,0 +1,144 @@
+"""Tokens made once: shared by runs, waited for by ranks, verified, replaced where damaged; and the report's numbers."""
+
+import random
+import threading
+
+import pytest
+import torch
+
+import abba.training.prepare
+from abba.errors import CheckpointError
+from abba.training.batches import BatchPlan, collate
+from abba.training.data_report import data_report, padding_share, percentile
+from abba.training.prepare import prepare
+from abba.training.recipe import load_recipe
+from abba.training.tokens import TokenizedRows, write_tokens
+from tests.warm import ROOT
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def load(*overrides):
+        where = [
+            f"data.prepared_path={tmp_path / 'prepared'}",
+            f"model.name_or_path={ROOT / 'recipes/assets/tiny-llama'}",
+        ]
+        where += [f"data.path={ROOT / 'recipes/assets/stories/train.jsonl'}", "data.max_rows=80", *overrides]
+        return load_recipe("quickstart", where, ROOT / "recipes")
+
+    return load
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """How often rows were tokenised."""
+    counted, function = [], abba.training.prepare.prepare_tokens
+
+    def counting(*arguments):
+        counted.append(arguments[-1])
+        return function(*arguments)
+
+    monkeypatch.setattr(abba.training.prepare, "prepare_tokens", counting)
+    return counted
+
+
+def test_runs_on_the_same_data_tokenise_once(recipe, tokenised, tmp_path):
+    first = prepare(recipe("output_dir=runs/a"), True, print)[2]
+    (tmp_path / "moved").mkdir()
+    copy = tmp_path / "moved/same.jsonl"
+    copy.write_bytes((ROOT / "recipes/assets/stories/train.jsonl").read_bytes())
+    for overrides in (["output_dir=runs/b", "train.learning_rate=1e-5"], ["data.eval_rows=9"], [f"data.path={copy}"]):
+        again = prepare(recipe(*overrides), True, print)[2]
+        assert again.sha256 == first.sha256 and again.path == first.path
+    assert len(tokenised) == 1
+    assert prepare(recipe("data.max_rows=81"), True, print)[2].sha256 != first.sha256
+    assert len(tokenised) == 2
+
+
+def test_every_damage_is_seen_and_mended(recipe, tokenised):
+    path = prepare(recipe(), True, print)[2].path
+    right, draw = path.read_bytes(), random.Random(7)
+    for trial in range(200):
+        wrong = bytearray(right)
+        if trial % 6 == 0:
+            wrong = wrong[: draw.randrange(len(wrong))]
+        else:
+            wrong[draw.randrange(len(wrong))] ^= 1 << draw.randrange(8)
+        path.write_bytes(wrong)
+        with pytest.raises(CheckpointError) as error:
+            TokenizedRows(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    said, count = [], len(tokenised)
+    assert len(prepare(recipe(), True, said.append)[2]) == 80
+    assert said[0].startswith(f"data: WARNING: {path}: is damaged") and said[0].endswith("it is made anew")
+    assert path.read_bytes() == right and len(tokenised) == count + 1
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("start", ["nothing", "damaged"])
+def test_the_other_ranks_wait_for_rank_0(recipe, tokenised, start):
+    path = prepare(recipe(), True, print)[2].path
+    right = path.read_bytes()
+    path.unlink() if start == "nothing" else path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    found = []
+    rank_1 = threading.Thread(target=lambda: found.append(prepare(recipe(), False, print)[2]), daemon=True)
+    rank_1.start()
+    rank_1.join(1)
+    assert rank_1.is_alive() and not found
+    ours = prepare(recipe(), True, print)[2]
+    rank_1.join(20)
+    assert found[0].sha256 == ours.sha256 and len(tokenised) == 2, "rank 1 never tokenises"
+
+
+def test_a_rank_that_sees_another_disk_says_so(recipe, monkeypatch):
+    monkeypatch.setattr(abba.training.prepare, "SHARED_WITHIN_SECONDS", 0.3)
+    with pytest.raises(CheckpointError, match=r"data\.prepared_path .*put it on storage that all nodes share"):
+        prepare(recipe(), False, print)
+    path = prepare(recipe(), True, print)[2].path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="tokens-"):
+        prepare(recipe(), False, print)
+
+
+def rows_of(tmp_path, uncut, prompts, max_length, left_out=None):
+    """A tokens file of rows with these lengths and prompts."""
+    lengths = torch.tensor(uncut).clamp(max=max_length)
+    tensors = {"input_ids": torch.arange(int(lengths.sum()), dtype=torch.int32), "stops": lengths.cumsum(0)}
+    tensors |= {"prompts": torch.tensor(prompts), "sources": torch.arange(len(uncut)), "uncut": torch.tensor(uncut)}
+    write_tokens(tmp_path / "tokens-x.safetensors", tensors, left_out or {})
+    return TokenizedRows(tmp_path / "tokens-x.safetensors")
+
+
+def test_the_reports_numbers_are_those_of_a_dataset_made_by_hand(tmp_path):
+    # 20 rows of 10 tokens, 18 of 20 and two of 90 and 100, which max_length=50 cuts; 4 tokens of prompt in each.
+    uncut = [10] * 10 + [20] * 8 + [90, 100]
+    data = rows_of(tmp_path, uncut, [4] * 20, 50, {"answer is empty": 3})
+    plan = BatchPlan(list(range(20)), 20, 20, seed=0)  # one step is the whole dataset
+    rows, lengths, tokens, padding, steps = data_report(data, list(range(20)), plan, 3, micro_batch=20)
+    assert rows == "rows: 20 to train on, 0 held out, 3 left out, 2 cut"
+    assert lengths == "tokens a row, before cutting: p50 10  p90 20  p99 100  max 100"
+    assert tokens == "tokens: 360; 77.8% of them are learned from, the others are prompt"  # 100 + 160 + 100; 280 of 360
+    assert padding == "padding: 64.0% of what is computed, at 20 rows a micro-batch"  # 360 of 20 x 50
+    assert steps == "steps: 3 of 20 rows, 3.00 epochs"
+    assert data.notes == ["left out 3 rows: answer is empty", "cut 2 of 20 rows to data.max_length=50 tokens"]
+
+
+def test_the_padding_is_that_of_the_batches_which_are_trained_on(tmp_path):
+    draw = random.Random(3)
+    data = rows_of(tmp_path, [draw.randint(2, 40) for _ in range(30)], [1] * 30, 32)
+    plan = BatchPlan(list(range(30)), 12, 3, seed=5)
+    order = [row for step in range(4) for row in plan.global_rows(step)]
+    groups = [rows for step in range(4) for rows in plan.micro_batches(step, 0, 1)]
+    masks = [collate(data, rows, 0, torch.device("cpu")).attention_mask for rows in groups]
+    padding = sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    assert padding > 0.1 and padding_share(data, order, 3) == pytest.approx(padding)
+
+
+@pytest.mark.parametrize("values", [[7], [1, 2], list(range(1, 101)), [5] * 9 + [1000]])
+def test_a_percentile_is_a_value_that_so_many_do_not_exceed(values):
+    for percent in (1, 50, 90, 99, 100):
+        found = percentile(torch.tensor(values), percent)
+        assert found in values
+        assert sum(value <= found for value in values) >= len(values) * percent / 100
+        assert sum(value < found for value in values) < len(values) * percent / 100
