@@ -9,6 +9,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 import abba.evaluation.score
 import abba.sharded.checkpoint
 import abba.sharded.process_group
+import abba.training.data_report
 import abba.training.dry_run
 import abba.training.finish
 import abba.training.loop

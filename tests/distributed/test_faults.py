@@ -32,7 +32,7 @@ def test_a_saved_adapter_can_be_started_from(tmp_path, arguments, runs):
 
 def test_ranks_that_wait_for_the_data_learn_that_rank_0_failed(tmp_path, arguments):
     """As under a bare srun, which leaves the others running when one rank exits."""
-    command = ["launch/train.py", *arguments(tmp_path / "run", "data.path=nowhere.jsonl")]
+    command = ["launch/train.py", *arguments(tmp_path / "run", "data.response_field=nothing")]
     finished = run_ranks(tmp_path / "ranks", [command, command])
     assert [rank.returncode for rank in finished] == [65, 65]
-    assert "no such file" in finished[0].stderr and "rank 0 failed" in finished[1].stderr
+    assert "rows have no field 'nothing'" in finished[0].stderr and "rank 0 failed" in finished[1].stderr
