@@ -11,7 +11,6 @@ Read `run` from top to bottom: it is the whole program.
 
 import argparse
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -111,7 +110,6 @@ def fit(
     from abba.base_model import DTYPES
     from abba.sharded.checkpoint import save_checkpoint
     from abba.sharded.engine import engine_config, start_engine
-    from abba.sharded.together import share
     from abba.training.finish import checkpoint_state
     from abba.training.loop import assert_delta_is_zero, held_out_loss, train
     from abba.training.metrics import Reporter
@@ -161,7 +159,6 @@ def fit(
         directory.refuse_too_small(report.trainable_parameters, saves, recipe.checkpoint.save_total_limit)
     state = checkpoint_state(recipe, report.shapes, identity)
     keep = recipe.checkpoint.save_total_limit
-    nodes = [name.decode() for name in share(socket.gethostname().encode(), device)]
     held_out = partial(held_out_loss, engine, stream, eval_rows, settings.per_device_eval_batch_size)
     if resumed is not None:
         continue_random_streams(resumed, settings.seed, ranks, device, say)
@@ -176,8 +173,6 @@ def fit(
             steps=steps,
             learning_rate=partial(learning_rate, steps=steps, **settings.schedule()),
             reporter=reporter,
-            logging_steps=settings.logging_steps,
-            nodes=nodes,
             world=world,
             watch=watch,
             save=partial(save_checkpoint, engine, directory.checkpoints, state, keep, ranks, directory.confirm),

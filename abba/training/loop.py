@@ -17,7 +17,7 @@ from abba.training.batches import BatchPlan, MicroBatch, collate
 from abba.training.failures import World
 from abba.training.loss import token_loss_sum
 from abba.training.metrics import Reporter, peak_memory_bytes
-from abba.training.stragglers import RankTimes, StepClock, Stragglers
+from abba.training.stragglers import RankTimes, StepClock, Stragglers, host_names
 from abba.training.tokens import TokenizedRows
 from abba.training.watch import Watch, why
 
@@ -48,8 +48,6 @@ def train(
     steps: int,
     learning_rate: Callable[[int], float],
     reporter: Reporter,
-    logging_steps: int,
-    nodes: list[str],
     world: World,
     watch: Watch,
     save: Callable[[int], dict[str, float]],
@@ -61,8 +59,6 @@ def train(
 
     Args:
         learning_rate: rate of a step.
-        logging_steps: how often slow ranks are looked for.
-        nodes: each rank's host name.
         world: learns which step is being computed.
         watch: knows whether somebody has asked for a stop.
         save: writes a checkpoint after so many steps; returns what it took.
@@ -74,7 +70,7 @@ def train(
         CheckpointError: SAVE_ATTEMPTS saves in a row failed, or one after which there is no other.
     """
     engine.train()
-    failed_saves, clock, stragglers = 0, StepClock(engine, stream.device), Stragglers(nodes)
+    failed_saves, clock, stragglers = 0, StepClock(engine, stream.device), Stragglers(host_names(stream.device))
     for step in range(first, steps):
         world.step = step + 1
         clock.start()
@@ -87,7 +83,7 @@ def train(
 
         done, rows = step + 1, stream.plan.global_rows(step)
         stragglers.add(done, outcome.times)
-        found, slow = stragglers.interval() if done % logging_steps == 0 or done == steps else ({}, None)
+        found, slow = stragglers.interval() if done % reporter.logging_steps == 0 or done == steps else ({}, None)
         tokens = stream.data.tokens(rows)
         record = {
             "step": done,

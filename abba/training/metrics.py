@@ -26,13 +26,13 @@ class Reporter:
     Args:
         path: metrics.jsonl, or None on the other ranks.
         steps: of the whole run, for the bar and the ETA.
-        logging_steps: how often a plain line is printed where there is no terminal.
+        logging_steps: how often a plain line is printed where there is no terminal, and slow ranks are looked for.
     """
 
     def __init__(self, path: Path | None, steps: int, logging_steps: int) -> None:
         self._file = open(path, "ab", buffering=0) if path is not None else None  # noqa: SIM115  closed by __exit__
         self._pending = b""  # lines that a full disk has not taken yet
-        self._steps, self._logging_steps = steps, logging_steps
+        self._steps, self.logging_steps = steps, logging_steps
         self._console = Console(soft_wrap=True, highlight=False) if path is not None else None
         self._started, self._first_step = time.monotonic(), None
         self._bar: Progress | None = None
@@ -70,7 +70,7 @@ class Reporter:
         short = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=short)
-        elif done % self._logging_steps == 0 or done in (self._first_step + 1, self._steps):
+        elif done % self.logging_steps == 0 or done in (self._first_step + 1, self._steps):
             eta = (time.monotonic() - self._started) / (done - self._first_step) * (self._steps - done)
             self.say(
                 f"step {done}/{self._steps}  {short}  lr {record['learning_rate']:.2e}  "

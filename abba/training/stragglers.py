@@ -6,11 +6,13 @@ as waiting, on all ranks alike; rows that are longer than the others' as tokens.
 it, nor are evaluations and saves.
 """
 
+import socket
 import time
 from typing import Any, NamedTuple
 
 import torch
 
+from abba.sharded.together import share
 from abba.sharded.waiting import WaitClock
 
 SLOW = 1.2  # times the own time of the others' median
@@ -49,6 +51,11 @@ class StepClock:
         """Called when this rank has read its losses, which on a GPU means that its stream is done."""
         whole, waited = self.seconds(), self._waits.stop()
         return RankTimes(whole - waited, self.data_seconds, waited, tokens)
+
+
+def host_names(device: torch.device) -> list[str]:
+    """Of every rank's machine. Collective."""
+    return [name.decode() for name in share(socket.gethostname().encode(), device)]
 
 
 class Stragglers:
