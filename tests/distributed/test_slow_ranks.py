@@ -50,7 +50,7 @@ def test_a_rank_that_is_slow_at_computing(tmp_path, arguments):
     for found in intervals:
         assert found["slowest_rank_data_seconds"] < 0.5, "it is not the data"
         excess = found["slowest_rank_own_seconds"] - found["other_ranks_median_own_seconds"]
-        assert excess == pytest.approx(2 * 14 * 0.08, rel=0.3)
+        assert 0.7 < excess / (2 * 14 * 0.08) < 2  # a sleep takes longer than it says where processors are few
 
 
 def test_ranks_that_are_equally_slow_are_not_named(tmp_path, arguments):
