@@ -92,7 +92,7 @@ class AbbaLinear(nn.Linear):
 
 
 def _rewire_hook(linear: AbbaLinear) -> None:
-    """Accelerate's hook of a layer that lies on another GPU, which keeps the forward that it wraps in `_old_forward`."""
+    """Accelerate hooks the layers of a model that is split over GPUs; a hook keeps what it wraps in `_old_forward`."""
     if "_old_forward" not in vars(linear):
         raise RecipeError("adapter: another library has replaced the forward of a target layer; inject before it does")
     linear._old_forward = MethodType(AbbaLinear.forward, linear)
