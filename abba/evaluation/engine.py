@@ -58,9 +58,8 @@ def answers(
         if count:
             limits["gpu_memory_utilization"] = gpus.usable / gpus.total
         return made_by, generate_with_vllm(base, adapter, tokenizer, instructions, max_new_tokens, dtype, limits)
-    beside_weights = demands[name].kv_cache + demands[name].adapter
-    for_weights = {gpu: gpus.usable - beside_weights // count for gpu in range(count)}
-    model = load_for_generation(base, adapter, dtype, for_weights)
+    for_weights = demands[name].for_weights(gpus.usable)
+    model = load_for_generation(base, adapter, dtype, dict.fromkeys(range(count), for_weights))
     return made_by, generate_greedy(model, tokenizer, instructions, batch_size, max_new_tokens)
 
 

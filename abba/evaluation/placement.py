@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from abba.errors import CheckpointError
 from abba.storage import in_gb
 
-ENGINES = ("auto", "vllm", "transformers")
 MARGIN = 0.1  # of a GPU's memory: CUDA's own, the activations of a prompt, fragmentation
 
 
@@ -34,6 +33,10 @@ class Demand:
 
     def on_each(self, gpus: int) -> int:
         return -(-(self.weights + self.kv_cache + self.adapter) // gpus) + self.replicated
+
+    def for_weights(self, usable: int) -> int:
+        """What weights may take of a GPU's `usable`, so that the cache and the factors of these layers fit beside."""
+        return usable * self.weights // (self.weights + self.kv_cache + self.adapter)
 
 
 @dataclass(frozen=True)
@@ -99,5 +102,5 @@ def _over(engine: str, gpus: int) -> str:
 def _too_much(engine: str, gpus: int, demand: Demand, have: Gpus) -> str:
     return (
         f"{engine} needs {in_gb(demand.on_each(gpus))} on each of {gpus}, KV cache of {in_gb(demand.kv_cache)} "
-        f"included, and can use {in_gb(have.usable)} of it"
+        f"included, and can use {in_gb(have.usable)}"
     )

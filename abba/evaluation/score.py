@@ -39,6 +39,7 @@ def evaluate(
     """
     questions = load_questions(task_name, data, limit)
     make_directory(output, "output directory")
+    started = time.monotonic()
     made_by, texts = answers(
         base,
         adapter,
@@ -49,7 +50,7 @@ def evaluate(
         dtype=dtype,
         say=say,
     )
-    task, started, correct = TASKS[task_name], time.monotonic(), 0
+    task, correct = TASKS[task_name], 0
     generations: list[str | None] = [None] * len(questions)
     for done, (index, text) in enumerate(texts, 1):
         instruction, reference = questions[index]

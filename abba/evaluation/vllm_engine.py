@@ -1,5 +1,6 @@
 """Greedy generation with vLLM: the adapter as the LoRA of rank r1*r2 that it is, weights split over the GPUs."""
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ def generate_with_vllm(
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    # It would show a traceback for having no tokenizer to try a chat template with. vLLM resets levels, not filters.
+    logging.getLogger("vllm.renderers.base").addFilter(lambda record: record.levelno >= logging.ERROR)
     with _as_lora(adapter) as lora:
         request = None
         if lora is not None:
@@ -66,7 +69,7 @@ def generate_with_vllm(
                 dtype=str(dtype).removeprefix("torch."),
                 load_format="safetensors",
                 trust_remote_code=False,
-                skip_tokenizer_init=True,  # ids go in and come out: the tokenizer is ours, the same as in training
+                skip_tokenizer_init=True,  # ids go in and come out; no chat template is run
                 generation_config="vllm",  # and not the base's own penalties and beams
                 **limits,
             )
