@@ -66,9 +66,8 @@ def test_what_vllm_cannot_hold_transformers_may_and_the_line_says_so():
     gpus = free(8, 24)
     placement = choose("auto", gpus, over(gpus), SEVENTY, None)
     assert (placement.engine, placement.gpus) == ("transformers", 8)
-    assert placement.line.endswith(
-        "vllm needs 25.20 GB on each of 8, KV cache of 7.47 GB included, and can use 21.10 GB"
-    )
+    needs = "vllm needs 25.20 GB on each of 8, KV cache of 7.47 GB included, and can use 21.10 GB"
+    assert placement.line.endswith(f"transformers over 8 GPUs (device_map); {needs}")
 
 
 @pytest.mark.parametrize("wanted", ["auto", "vllm", "transformers"])

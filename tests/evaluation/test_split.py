@@ -16,7 +16,7 @@ from transformers.integrations.accelerate import get_balanced_memory, infer_auto
 
 from abba import AbbaLinear, AdapterConfig, inject, load_adapter, save_adapter
 from abba.adapter.initialize import Factors
-from abba.adapter.linear import abba_modules, bypass
+from abba.adapter.linear import bypass
 from abba.base_model import load_tokenizer, load_whole
 from abba.errors import CheckpointError, RecipeError
 from abba.evaluation import generate
@@ -24,6 +24,7 @@ from abba.evaluation.generate import generate_greedy, load_for_generation
 from abba.evaluation.placement import Demand, Gpus, kv_cache_bytes
 from abba.evaluation.score import evaluate
 from tests.distributed.ranks import STORIES, TINY
+from tests.evaluation.made import adapted
 from tests.models import tiny_model
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 + 5
@@ -39,14 +40,8 @@ def split(model):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An adapter that changes every answer of the tiny base, and still lets it answer."""
-    model = load_whole(TINY, torch.float32, "sdpa")
-    inject(model, AdapterConfig(4, 3, 8.0))
-    generator = torch.Generator().manual_seed(0)
-    for module in abba_modules(model).values():
-        module.B2.data.copy_(0.02 * torch.randn(module.B2.shape, generator=generator))
     directory = tmp_path_factory.mktemp("split") / "adapter"
-    save_adapter(model, directory)
+    save_adapter(adapted()[0], directory)
     return directory
 
 

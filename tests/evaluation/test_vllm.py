@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from abba import AdapterConfig, inject, save_adapter
-from abba.adapter.linear import abba_modules
-from abba.base_model import load_tokenizer, load_whole
+from abba import save_adapter
+from abba.base_model import load_tokenizer
 from abba.errors import CheckpointError, RecipeError
 from abba.evaluation import engine
 from abba.evaluation.engine import require_engine, why_not_vllm
@@ -21,6 +20,7 @@ from abba.evaluation.score import evaluate
 from abba.text.encode import encode_prompt
 from tests.adapter.test_files import write
 from tests.distributed.ranks import STORIES, TINY
+from tests.evaluation.made import adapted
 from tests.warm import ROOT
 
 REAL = importlib.util.find_spec("vllm") is not None
@@ -40,16 +40,6 @@ def vllm(monkeypatch):
     yield vllm
     for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
         del sys.modules[name]
-
-
-def adapted(r1=4, r2=3):
-    model = load_whole(TINY, torch.float32, "sdpa")
-    config = AdapterConfig(r1, r2, 8.0)
-    inject(model, config)
-    generator = torch.Generator().manual_seed(0)
-    for module in abba_modules(model).values():
-        module.B2.data.copy_(0.02 * torch.randn(module.B2.shape, generator=generator))
-    return model, config
 
 
 @pytest.fixture(scope="module")
