@@ -48,7 +48,7 @@ class AbbaLinear(nn.Linear):
     def adopt(cls, linear: nn.Linear, factors: Factors, config: AdapterConfig) -> "AbbaLinear":
         """Turn an existing layer into an AbbaLinear in place, whether its weight is whole or partitioned."""
         linear.__class__ = cls
-        if "forward" in vars(linear):  # it hides the class's, and without this would go on calling nn.Linear's
+        if "forward" in linear.__dict__:  # it hides the class's, and without this would go on calling nn.Linear's
             _rewire_hook(linear)
         linear._own(factors, config)
         return linear
@@ -93,7 +93,7 @@ class AbbaLinear(nn.Linear):
 
 def _rewire_hook(linear: AbbaLinear) -> None:
     """Accelerate hooks the layers of a model that is split over GPUs; a hook keeps what it wraps in `_old_forward`."""
-    if "_old_forward" not in vars(linear):
+    if "_old_forward" not in linear.__dict__:
         raise RecipeError("adapter: another library has replaced the forward of a target layer; inject before it does")
     linear._old_forward = MethodType(AbbaLinear.forward, linear)
 
