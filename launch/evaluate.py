@@ -26,6 +26,12 @@ def main() -> int:
     parser.add_argument("--limit", type=positive, help="only the first N rows")
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--max-new-tokens", type=positive, default=512)
+    parser.add_argument(
+        "--engine",
+        choices=["auto", "vllm", "transformers"],
+        default="auto",
+        help="what generates; auto: vllm where it is installed, serves the adapter and finds GPUs, else transformers",
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument(
         "--output", type=Path, required=True, help="directory for scores.json and generations.jsonl; replaced there"
@@ -42,6 +48,7 @@ def main() -> int:
             arguments.data,
             arguments.output,
             limit=arguments.limit,
+            engine=arguments.engine,
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
             dtype=DTYPES[arguments.dtype],

@@ -34,11 +34,15 @@ def main() -> int:
 
 def answer(arguments: argparse.Namespace) -> None:
     from abba.adapter.linear import bypass
-    from abba.base_model import DTYPES, find_base
+    from abba.base_model import DTYPES, find_base, load_tokenizer
+    from abba.evaluation.engine import visible_gpus
     from abba.evaluation.generate import generate_greedy, load_for_generation
 
     base = find_base(arguments.model, arguments.revision)
-    model, tokenizer = load_for_generation(base, arguments.adapter, DTYPES[arguments.dtype])
+    tokenizer, gpus = load_tokenizer(base), visible_gpus()
+    model = load_for_generation(
+        base, arguments.adapter, DTYPES[arguments.dtype], dict.fromkeys(range(gpus.count), gpus.usable)
+    )
     prompts = [arguments.prompt] if arguments.prompt is not None else map(str.strip, sys.stdin)
     for prompt in prompts:
         with bypass(model):

@@ -50,6 +50,7 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     began, settings = time.monotonic(), recipe.train
     micro_batch = settings.per_device_train_batch_size
     accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
+    refuse_engine(recipe)
 
     # Data: tokenised by launch/prepare.py, or now by rank 0 before anyone joins; the others find the result on disk.
     base, padding, data = prepare(recipe, ranks.is_main, say)
@@ -186,6 +187,16 @@ def silent(line: str) -> None:
     """What ranks other than 0 say."""
 
 
+def refuse_engine(recipe: Recipe) -> None:
+    """Before the training and not after it: an engine for the score that cannot serve this adapter here."""
+    if recipe.evaluate is None:
+        return
+    from abba.base_model import DTYPES
+    from abba.evaluation.engine import require_engine
+
+    require_engine(recipe.evaluate.engine, recipe.adapter.r1 * recipe.adapter.r2, DTYPES[recipe.model.dtype])
+
+
 def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable[[str], None]) -> None:
     from abba.adapter.files import rewrite_card
     from abba.base_model import DTYPES
@@ -225,6 +236,7 @@ def main() -> int:
         if arguments.dry_run:
             from abba.training.dry_run import dry_run
 
+            refuse_engine(recipe)
             if ranks.is_main:
                 dry_run(recipe, ranks.world_size)
             return 0

@@ -76,9 +76,14 @@ def peft_config(description: AdapterDescription) -> dict:
     return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "lora_dropout": 0.0, **common}
 
 
+def vllm_rank(rank: int) -> int | None:
+    """The max_lora_rank with which vLLM serves a LoRA of this rank, if there is one."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
 def vllm_advice(rank: int) -> str:
     """The flag that vLLM needs to serve a LoRA of this rank, or why it cannot."""
-    enough = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+    enough = vllm_rank(rank)
     if enough is None:
         return (
             f"rank {rank} is above vLLM's limit of {VLLM_RANKS[-1]}: it cannot serve this adapter; "

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from abba.adapter.config import AdapterConfig
 from abba.adapter.functional import AbbaLinearFunction, delta_weight
 from abba.adapter.initialize import Factors, factors_from_svd, seed_for
+from abba.errors import RecipeError
 
 
 class AbbaLinear(nn.Linear):
@@ -46,6 +48,8 @@ class AbbaLinear(nn.Linear):
     def adopt(cls, linear: nn.Linear, factors: Factors, config: AdapterConfig) -> "AbbaLinear":
         """Turn an existing layer into an AbbaLinear in place, whether its weight is whole or partitioned."""
         linear.__class__ = cls
+        if "forward" in linear.__dict__:  # it hides the class's, and without this would go on calling nn.Linear's
+            _rewire_hook(linear)
         linear._own(factors, config)
         return linear
 
@@ -85,6 +89,13 @@ class AbbaLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r1={self.A1.shape[0]}, r2={self.A2.shape[0]}, scale={self.scale:g}"
+
+
+def _rewire_hook(linear: AbbaLinear) -> None:
+    """Accelerate hooks the layers of a model that is split over GPUs; a hook keeps what it wraps in `_old_forward`."""
+    if "_old_forward" not in linear.__dict__:
+        raise RecipeError("adapter: another library has replaced the forward of a target layer; inject before it does")
+    linear._old_forward = MethodType(AbbaLinear.forward, linear)
 
 
 def abba_modules(model: nn.Module) -> dict[str, AbbaLinear]:

@@ -1,6 +1,6 @@
 """Batched greedy generation with transformers, for the bare base and with an adapter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +8,39 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from abba.adapter.files import load_adapter
-from abba.base_model import choose_attention, load_config, load_tokenizer, load_whole
+from abba.base_model import choose_attention, load_config, load_whole
+from abba.errors import CheckpointError, first_line
+from abba.storage import in_gb
 from abba.text.encode import encode_prompt, padding_id
 
 
-def load_for_generation(base: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer); on the GPUs if there are any, spread over them by accelerate.
+def load_for_generation(
+    base: Path, adapter: Path | None, dtype: torch.dtype, for_weights: Mapping[int | str, int]
+) -> PreTrainedModel:
+    """The model, each decoder layer read to the GPU that it stays on; accelerate's hooks carry activations between.
+
+    Args:
+        for_weights: bytes that the weights may take on each GPU; empty: the CPU.
 
     Raises:
-        CheckpointError: the base has no safetensors, or the adapter is damaged or made for another base.
+        CheckpointError: the base has no safetensors or does not fit, or the adapter is damaged or for another base.
     """
-    tokenizer = load_tokenizer(base)
-    on_gpu = torch.cuda.is_available()
-    attention, _ = choose_attention(load_config(base), "auto", "cuda" if on_gpu else "cpu", dtype)
-    model = load_whole(base, dtype, attention, **({"device_map": "auto"} if on_gpu else {}))
+    attention, _ = choose_attention(load_config(base), "auto", "cuda" if for_weights else "cpu", dtype)
+    if len(for_weights) == 1:
+        placement: dict[str, Any] = {"device_map": {"": next(iter(for_weights))}}
+    else:
+        placement = {"device_map": "auto", "max_memory": dict(for_weights)} if for_weights else {}
+    model = load_whole(base, dtype, attention, **placement)
+    if any(parameter.is_meta for parameter in model.parameters()):  # accelerate would read them anew for each token
+        raise CheckpointError(
+            f"{base}: its layers do not fit into {[in_gb(size) for size in for_weights.values()]} of memory; "
+            "use more or larger GPUs, or a smaller batch size"
+        )
     # A base may bring penalties and beams of its own, which would change what "greedy" means.
     model.generation_config = GenerationConfig()
     if adapter is not None:
         load_adapter(model, adapter)
-    return model, tokenizer
+    return model
 
 
 @torch.inference_mode()
@@ -48,8 +62,14 @@ def generate_greedy(
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding
         )
-        output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-        )
+        try:
+            output = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            )
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(
+                f"out of GPU memory with {len(chosen)} sequences of {longest} + {max_new_tokens} tokens: "
+                f"{first_line(error)}; use a smaller batch size"
+            ) from None
         texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         yield from zip(chosen, texts, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from abba.adapter.directory import read_description
-from abba.evaluation.generate import generate_greedy, load_for_generation
+from abba.evaluation.engine import answers
 from abba.evaluation.tasks import TASKS, load_questions
 from abba.storage import make_directory, write_json
 
@@ -23,6 +23,7 @@ def evaluate(
     output: Path,
     *,
     limit: int | None,
+    engine: str = "auto",
     batch_size: int,
     max_new_tokens: int,
     dtype: torch.dtype,
@@ -31,16 +32,27 @@ def evaluate(
     """Generate greedily, grade, and write `scores.json` and `generations.jsonl` into `output`.
 
     Returns:
-        The scores: task, n, exact_match in percent, adapter, model, and how they were made.
+        The scores: task, n, exact_match in percent, adapter, model, and how they were made, the engine included.
+
+    Raises:
+        AbbaError: see `load_questions` and `answers`; nothing is written then.
     """
     questions = load_questions(task_name, data, limit)
     make_directory(output, "output directory")
-    model, tokenizer = load_for_generation(base, adapter, dtype)
-    task, started, correct = TASKS[task_name], time.monotonic(), 0
+    started = time.monotonic()
+    made_by, texts = answers(
+        base,
+        adapter,
+        [instruction for instruction, _ in questions],
+        engine=engine,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        say=say,
+    )
+    task, correct = TASKS[task_name], 0
     generations: list[str | None] = [None] * len(questions)
-    instructions = [instruction for instruction, _ in questions]
-    answers = generate_greedy(model, tokenizer, instructions, batch_size, max_new_tokens)
-    for done, (index, text) in enumerate(answers, 1):
+    for done, (index, text) in enumerate(texts, 1):
         instruction, reference = questions[index]
         right = task.correct(text, reference)
         correct += right
@@ -59,6 +71,7 @@ def evaluate(
         "data": data or task.hub_path,
         "dtype": str(dtype).removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
+        **made_by,
         "seconds": time.monotonic() - started,
     }
     temporary = output / f".generations.tmp-{os.getpid()}"

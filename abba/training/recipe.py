@@ -134,6 +134,7 @@ class EvaluateSection(Section):
     limit: Positive | None = None
     batch_size: Positive = 32
     max_new_tokens: Positive = 512
+    engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vllm where it can, on GPUs
 
 
 class Recipe(Section):

@@ -17,6 +17,9 @@ from tests.warm import ROOT
 TRAIN = ["launch/train.py", "--recipe", "quickstart", "train.max_steps=1", "data.max_rows=100"]
 
 
+SCORED = ["evaluate.task=gsm8k", f"evaluate.path={STORIES / 'test.jsonl'}"]
+
+
 @pytest.fixture
 def run(tmp_path):
     return partial(warm.run, tmp_path / "program")
@@ -46,6 +49,8 @@ def check(result, code, *expected):
         (["data.path=nobody/no-data"], 65, "hf download --repo-type dataset nobody/no-data"),
         (["data.instruction_field=q"], 65, "rows have no field 'q', only question, answer"),
         (["data.max_length=20"], 65, "all labels are masked"),
+        ([*SCORED, "evaluate.engine=vllm", "model.dtype=float32"], 64, "choose the engine transformers or auto"),
+        ([*SCORED, "evaluate.engine=tgi"], 64, "evaluate.engine: 'tgi' is not one of 'auto', 'vllm' or 'transformers'"),
         (["output_dir=/proc/nowhere"], 66, "output_dir /proc/nowhere: cannot be written"),
     ],
 )
