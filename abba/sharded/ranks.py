@@ -1,7 +1,6 @@
 """Who am I among the processes of this job, as the launcher's environment variables say."""
 
 import os
-import re
 from dataclasses import dataclass
 
 from abba.errors import RankLostError
@@ -53,9 +52,8 @@ def ranks_from_environment() -> Ranks:
         try:
             local_rank = int(os.environ.get(names[2], 0))
             on_node = next((os.environ[name] for name in names[3:] if name in os.environ), size)
-            local_size = int(re.sub(r"[(,].*", "", on_node))  # SLURM writes 8(x2) for two nodes of 8
-            ranks = Ranks(int(rank), int(size), local_rank, min(local_size, int(size)), launcher, job)
-        except (TypeError, ValueError):
+            ranks = Ranks(int(rank), int(size), local_rank, min(_of_this_node(on_node), int(size)), launcher, job)
+        except (TypeError, ValueError, IndexError):
             raise RankLostError(f"{names[0]}={rank!r} and {names[1]}={size!r}: both must be whole numbers") from None
         if not 0 <= ranks.rank < ranks.world_size:
             raise RankLostError(f"{names[0]}={rank} is not below {names[1]}={size}; check the launcher's arguments")
@@ -67,3 +65,12 @@ def ranks_from_environment() -> Ranks:
                 "use Open MPI's mpirun, deepspeed, torchrun or srun, or set RANK, WORLD_SIZE and LOCAL_RANK"
             )
     return Ranks(job=job)
+
+
+def _of_this_node(counts: str) -> int:
+    """A number of ranks; or SLURM's 8(x2),4 for two nodes of 8 ranks and one of 4."""
+    nodes: list[int] = []
+    for part in counts.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        nodes += [int(count)] * int(times or 1)
+    return nodes[int(os.environ.get("SLURM_NODEID", 0)) if len(nodes) > 1 else 0]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 
@@ -84,6 +85,33 @@ def test_deepspeeds_runner_starts_mpirun(tmp_path, start):
 
 
 @with_mpirun
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process another host name")
+def test_two_nodes_meet_where_rank_0_is(tmp_path, start):
+    """mpirun starts its daemon of the second node through ssh; here, on this machine under another name."""
+    ssh = tmp_path / "start-elsewhere"
+    ssh.write_text('#!/bin/sh\nhost=$1; shift; exec unshare --uts sh -c "hostname $host; $*"\n')
+    ssh.chmod(0o755)
+    mpirun = ["mpirun.openmpi", "-np", "4", "--bind-to", "none", "--host", f"{socket.gethostname()}:2,elsewhere:2"]
+    mpirun += [
+        "--mca",
+        "plm_rsh_agent",
+        str(ssh),
+        "--mca",
+        "oob_tcp_if_include",
+        "lo",
+        "--mca",
+        "btl_tcp_if_include",
+        "lo",
+    ]
+    more = ["train.max_steps=2", "train.per_device_train_batch_size=1"]
+    more += ["deepspeed.zero_optimization.zero_hpz_partition_size=2"]
+    process = start([*mpirun, "python", *train(tmp_path / "run", *more)], tmp_path / "log")
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    assert "each rank read its 1/4 and 1/2 for its node's copy" in (tmp_path / "log").read_text()
+    assert "engine: 4 rank(s)" in (tmp_path / "log").read_text()
+
+
+@with_mpirun
 def test_an_mpi_that_sees_another_world_is_refused(tmp_path):
     """Each process alone, as when mpi4py is bound to another MPI than the mpirun's: here, without any mpirun."""
     promised = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
@@ -94,14 +122,16 @@ def test_an_mpi_that_sees_another_world_is_refused(tmp_path):
 
 @pytest.mark.skipif(shutil.which("mpiexec.hydra") is None, reason="MPICH's mpiexec.hydra is not installed")
 def test_another_mpis_launcher_is_refused(tmp_path, start):
-    process = start(["mpiexec.hydra", "-n", "2", "python", *train(tmp_path / "run")], tmp_path / "log")
+    process = start(
+        ["mpiexec.hydra", "-n", "2", "python", *train(tmp_path / "run", "train.max_steps=1")], tmp_path / "log"
+    )
     assert process.wait(120) == 71, (tmp_path / "log").read_text()
     check_refused((tmp_path / "log").read_text(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS"])
 def test_a_process_of_an_unknown_launcher_is_refused(tmp_path, name):
-    finished = warm.run(tmp_path / "out", *train(tmp_path / "run"), **{name: "2"})
+    finished = warm.run(tmp_path / "out", *train(tmp_path / "run", "train.max_steps=1"), **{name: "2"})
     assert finished.returncode == 71 and f"{name}=2" in finished.stderr
     check_refused(finished.stderr, tmp_path)
 
