@@ -4,6 +4,7 @@
     deepspeed launch/train.py --recipe gsm8k.yaml
     deepspeed --num_gpus 2 launch/train.py --recipe gsm8k.yaml train.learning_rate=5e-4 output_dir=runs/slow
     torchrun --nproc_per_node 8 launch/train.py --recipe llama70b_gsm8k
+    mpirun -np 8 --bind-to none python launch/train.py --recipe llama70b_gsm8k
     python launch/train.py --recipe quickstart.yaml --dry-run
 
 Read `run` from top to bottom: it is the whole program.
