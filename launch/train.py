@@ -4,6 +4,7 @@
     deepspeed launch/train.py --recipe gsm8k.yaml
     deepspeed --num_gpus 2 launch/train.py --recipe gsm8k.yaml train.learning_rate=5e-4 output_dir=runs/slow
     torchrun --nproc_per_node 8 launch/train.py --recipe llama70b_gsm8k
+    mpirun -np 8 --bind-to none python launch/train.py --recipe llama70b_gsm8k
     python launch/train.py --recipe quickstart.yaml --dry-run
 
 Read `run` from top to bottom: it is the whole program.
@@ -38,7 +39,9 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     # Imported here because it takes seconds: a mistake in the recipe is shown at once, by every launcher.
     import torch.distributed as dist
 
+    from abba.base_model import DTYPES
     from abba.checkpoint.format import step_directory
+    from abba.sharded.engine import engine_config
     from abba.sharded.process_group import start_process_group
     from abba.sharded.together import share
     from abba.training.batches import BatchPlan, split_rows
@@ -49,7 +52,9 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
 
     began, settings = time.monotonic(), recipe.train
     micro_batch = settings.per_device_train_batch_size
-    accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
+    accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
+    dtype = DTYPES[recipe.model.dtype]
+    config = engine_config(dtype, micro_batch, accumulation, settings.max_grad_norm, recipe.deepspeed, ranks)
     refuse_engine(recipe)
 
     # Data: tokenised by launch/prepare.py, or now by rank 0 before anyone joins; the others find the result on disk.
@@ -72,7 +77,7 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
 
     if resumed is None or resumed.state.step < steps:
         stream = Stream(data, plan, padding, ranks, device)
-        fit(recipe, directory, base, stream, eval_rows, steps, identity, resumed, world, watch, say)
+        fit(recipe, directory, base, config, stream, eval_rows, steps, identity, resumed, world, watch, say)
         last = step_directory(directory.checkpoints, steps)
     else:
         say(f"all {steps:,} steps are done; nothing is left to train")
@@ -95,6 +100,7 @@ def fit(
     recipe: Recipe,
     directory: RunDirectory,
     base: Path,
+    config: dict,
     stream: "Stream",
     eval_rows: list[int],
     steps: int,
@@ -104,29 +110,25 @@ def fit(
     watch: Watch,
     say: Say,
 ) -> None:
-    """Train from step 0 or from `resumed` to `steps`; what it leaves is the checkpoints."""
+    """Train from step 0 or from `resumed` to `steps`; what it leaves is the checkpoints. `config` is DeepSpeed's."""
     import torch
 
     from abba.adapter.inject import find_targets, inject
     from abba.base_model import DTYPES
     from abba.sharded.checkpoint import save_checkpoint
-    from abba.sharded.engine import engine_config, start_engine
+    from abba.sharded.engine import start_engine
     from abba.training.finish import checkpoint_state
     from abba.training.loop import assert_delta_is_zero, held_out_loss, train
     from abba.training.metrics import Reporter
     from abba.training.model import enable_checkpointing, load_partitioned
-    from abba.training.prepare import accumulation_steps
     from abba.training.resume import continue_random_streams, refuse_changes, starting_point
     from abba.training.schedule import learning_rate
 
     began, settings, ranks, device = time.monotonic(), recipe.train, stream.ranks, stream.device
-    micro_batch = settings.per_device_train_batch_size
-    accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
 
     # Base: each rank reads its own slice of every weight; no rank ever holds or sends a full copy.
     torch.manual_seed(settings.seed + ranks.rank)  # for dropout, where a base has any
     dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
-    config = engine_config(dtype, micro_batch, accumulation, settings.max_grad_norm, recipe.deepspeed)
     model, checksum = load_partitioned(base, dtype, attention, config, device, ranks, say)
     identity["model"]["weights"] = f"{checksum:016x}"
     if resumed is not None:
@@ -150,6 +152,7 @@ def fit(
     if resumed is None and recipe.adapter.init_from is None:
         assert_delta_is_zero(engine, stream)
     seconds = time.monotonic() - began
+    accumulation = config["gradient_accumulation_steps"]
     say(f"engine: {ranks.world_size} rank(s) x {accumulation} micro-batch(es) a step; ready after {seconds:.0f} s")
 
     # Loop: step, finite?, log, save?, stop asked?

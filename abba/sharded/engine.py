@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -19,15 +20,21 @@ from torch import Tensor, nn
 from abba.checkpoint.format import MASTER, MOMENTS
 from abba.checkpoint.slices import slice_bounds
 from abba.errors import RecipeError, first_line
+from abba.sharded.ranks import Ranks
 
 
 def engine_config(
-    dtype: torch.dtype, micro_batch: int, accumulation: int, max_grad_norm: float, extra: Mapping[str, Any]
+    dtype: torch.dtype,
+    micro_batch: int,
+    accumulation: int,
+    max_grad_norm: float,
+    extra: Mapping[str, Any],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """A DeepSpeed configuration; `extra` is the recipe's own `deepspeed:` section, without OWNED_KEYS.
 
     Raises:
-        RecipeError: DeepSpeed does not know a key of `extra`, or not this value of it.
+        RecipeError: DeepSpeed does not know a key of `extra`, or not this value of it; or it does not suit these ranks.
     """
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -49,14 +56,30 @@ def engine_config(
     zero = {**config["zero_optimization"], **extra.get("zero_optimization", {})}
     config = {**config, **extra, "zero_optimization": zero}
     try:
-        DeepSpeedZeroConfig(**zero)
+        checked = DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         mistake = error.errors()[0]
         where = ".".join(map(str, mistake["loc"]))
         raise RecipeError(f"deepspeed.zero_optimization.{where}: {mistake['input']!r}: {mistake['msg']}") from None
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(f"deepspeed.zero_optimization: {first_line(error)}") from None
+    if checked.offload_param is not None and checked.offload_param.device == OffloadDeviceEnum.nvme:
+        raise RecipeError("deepspeed.zero_optimization.offload_param.device: nvme is not supported; write cpu")
+    _refuse_hierarchy(checked.zero_hpz_partition_size, ranks)
     return config
+
+
+def _refuse_hierarchy(size: int, ranks: Ranks) -> None:
+    """A further copy of the base is for the fast links within a node, and DeepSpeed counts ranks without looking."""
+    key, on_node = "deepspeed.zero_optimization.zero_hpz_partition_size", ranks.local_world_size
+    if size <= 1:
+        return
+    if on_node == ranks.world_size:
+        raise RecipeError(f"{key}: {size}: all {on_node} ranks are on one node, which needs no copy; set it to 1")
+    if ranks.world_size % size:
+        raise RecipeError(f"{key}: {size} does not divide the {ranks.world_size} ranks; set it to 1 or {on_node}")
+    if size != on_node:
+        raise RecipeError(f"{key}: {size} is not the {on_node} ranks of this node; set it to 1 or {on_node}")
 
 
 def start_engine(
@@ -129,6 +152,7 @@ def _set_local(parameter: nn.Parameter, kind: str, values: Tensor) -> None:
     if kind == MASTER:
         safe_set_local_fp32_param(parameter, local)
         parameter.ds_tensor.data.copy_(local)  # before the first gather, or a stale copy would be used silently
+        parameter.ds_secondary_tensor = None  # of hierarchical partitioning; DeepSpeed too drops it at every step
     else:
         safe_set_local_optimizer_state(parameter, local, kind)
 

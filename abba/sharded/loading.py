@@ -2,6 +2,9 @@
 
 A parameter is partitioned the moment it is created, uninitialised; then rank r of N fills its partition with elements
 [r*part, (r+1)*part) of the flattened tensor, which are one contiguous range of the safetensors file.
+
+With hierarchical partitioning (zero_hpz_partition_size) the ranks of each node hold a further copy of every weight
+between them, from which forward and backward gather. It is read from disk in the same way.
 """
 
 import re
@@ -40,12 +43,14 @@ def partitioned_from_birth(engine_config: dict) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was read. Tensors, elements and checksum over all ranks; bytes by this rank; tensors that have no use."""
+    """What was read. Tensors, elements and checksum over all ranks; bytes by this rank; how many ranks hold a further
+    copy between them, or 0; tensors that have no use."""
 
     tensors: int
     elements: int
     checksum: int
     bytes_read: int
+    copy_ranks: int
     ignored: tuple[str, ...]
 
 
@@ -53,7 +58,8 @@ def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> 
     """Fill this rank's partitions of a partitioned model from the safetensors files in `directory`.
 
     Every tensor of the files is consumed exactly once or named in the report. The checksum of what is resident, summed
-    over ranks, must equal that of what was read; it is the same at any world size and identifies the base.
+    over ranks, must equal that of what was read; it is the same at any world size and identifies the base. The further
+    copies of hierarchical partitioning must add up to it too, once for each node.
 
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape; a file is truncated; tied weights
@@ -63,28 +69,30 @@ def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> 
         places = _match_names(model, checkpoint)
         read_sum, bytes_read, elements, untied = 0, 0, 0, 0
         for name, parameter in places.parameters.items():
-            start, stop = slice_bounds(parameter.ds_numel, rank, world_size)
-            values = checkpoint.read(name, start, stop)
-            bytes_read += values.nbytes
-            elements += values.numel()
-            for alias in places.aliases.get(name, ()):
-                same = checkpoint.read(alias, start, stop)
-                bytes_read += same.nbytes
-                untied += not torch.equal(same, values)
-            values = values.to(parameter.ds_tensor.dtype)
-            read_sum += _bit_sum(values)
-            parameter.ds_tensor.data[: values.numel()].copy_(values)
-            parameter.ds_tensor.data[values.numel() :].zero_()
+            low = high = 0  # of what is read already: the smaller share often lies within the larger
+            for place, start, stop in _shares(parameter, rank, world_size):
+                if not low <= start <= stop <= high:
+                    values, low, high = checkpoint.read(name, start, stop), start, stop
+                    bytes_read += values.nbytes
+                    for alias in places.aliases.get(name, ()):
+                        same = checkpoint.read(alias, start, stop)
+                        bytes_read += same.nbytes
+                        untied += not torch.equal(same, values)
+                    values = values.to(place.dtype)
+                mine = values[start - low : stop - low]
+                place.data[: mine.numel()].copy_(mine)
+                place.data[mine.numel() :].zero_()
+            elements += mine.numel()
+            read_sum += _bit_sum(mine)
         for name, buffer in places.buffers.items():
             buffer.copy_(checkpoint.read(name, 0, buffer.numel()).view(buffer.shape))
-    resident_sum = sum(
-        _bit_sum(p.ds_tensor.data[: stop - start])
-        for p in places.parameters.values()
-        for start, stop in [slice_bounds(p.ds_numel, rank, world_size)]
-    )
-    totals = torch.tensor([elements, read_sum, resident_sum, untied], device=next(model.parameters()).device)
+    held = [_shares(parameter, rank, world_size) for parameter in places.parameters.values()]
+    resident_sum = sum(_bit_sum(place.data[: stop - start]) for *_, (place, start, stop) in held)
+    copies_sum = sum(_bit_sum(place.data[: stop - start]) for *copy, _ in held for place, start, stop in copy)
+    device = next(model.parameters()).device
+    totals = torch.tensor([elements, read_sum, resident_sum, copies_sum, untied], device=device)
     dist.all_reduce(totals)
-    elements, read_sum, resident_sum, untied = totals.tolist()
+    elements, read_sum, resident_sum, copies_sum, untied = totals.tolist()
     if untied:
         pairs = "; ".join(f"{name} and {', '.join(others)}" for name, others in places.aliases.items())
         raise CheckpointError(
@@ -92,12 +100,31 @@ def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> 
             "set tie_word_embeddings to false in config.json"
         )
     expected = sum(p.ds_numel for p in places.parameters.values())
-    if elements != expected or read_sum != resident_sum:
+    any_one = next(iter(places.parameters.values()))
+    copy_ranks = any_one.ds_secondary_tensor_group_size if any_one.ds_secondary_tensor is not None else 0
+    checksum, on_nodes = resident_sum % 2**64, world_size // copy_ranks if copy_ranks else 0
+    if elements != expected or read_sum != resident_sum or copies_sum % 2**64 != on_nodes * checksum % 2**64:
         raise CheckpointError(
             f"{directory}: {elements} of {expected} elements were loaded, with checksum {resident_sum} instead of "
-            f"{read_sum} as read; the memory of a node is faulty"
+            f"{read_sum} as read, and {copies_sum} in {on_nodes} further copies; the memory of a node is faulty"
         )
-    return LoadReport(len(places.parameters), elements, resident_sum % 2**64, bytes_read, tuple(places.ignored))
+    return LoadReport(len(places.parameters), elements, checksum, bytes_read, copy_ranks, tuple(places.ignored))
+
+
+def _shares(parameter: nn.Parameter, rank: int, world_size: int) -> list[tuple[Tensor, int, int]]:
+    """(where, start, stop) of what a rank holds of a flattened parameter; its slice of the one whole copy comes last.
+
+    With zero_hpz_partition_size, its slice of the node's copy comes first: as many elements as those of so many
+    consecutive ranks as there are nodes.
+    """
+    shares = [(parameter.ds_tensor, *slice_bounds(parameter.ds_numel, rank, world_size))]
+    if parameter.ds_secondary_tensor is not None:
+        nodes = parameter.ds_secondary_tensor_num_of_groups
+        first = rank % parameter.ds_secondary_tensor_group_size * nodes
+        start, _ = slice_bounds(parameter.ds_numel, first, world_size)
+        _, stop = slice_bounds(parameter.ds_numel, first + nodes - 1, world_size)
+        shares.insert(0, (parameter.ds_secondary_tensor, start, stop))
+    return shares
 
 
 @dataclass

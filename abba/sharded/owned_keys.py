@@ -30,7 +30,7 @@ OWNED_KEYS = {
     "communication_data_type": "gradients are reduced in fp32",
     "zero_optimization.stage": "the base is always sharded, stage 3",
     "zero_optimization.stage3_param_persistence_threshold": "replicated are the factors and the 1-D tensors, by name",
-    "zero_optimization.zero_hpz_partition_size": "sharded loading does not fill its secondary copy yet",
+    "zero_optimization.mics_shard_size": "sharded loading fills zero_hpz_partition_size's second copy: use that",
     "zero_optimization.zero_quantized_weights": "it would quantise the frozen base silently",
     "zero_optimization.zero_quantized_nontrainable_weights": "it would quantise the frozen base silently",
     "zero_optimization.zero_quantized_gradients": "gradients are reduced in fp32",

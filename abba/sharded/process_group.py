@@ -24,7 +24,11 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
     """
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", _free_port())
+    elif ranks.launcher == "mpirun" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        host, port = _meeting_point(ranks)
+        os.environ.setdefault("MASTER_ADDR", host)
+        os.environ.setdefault("MASTER_PORT", port)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise RankLostError(f"{name} is not set for {ranks.world_size} ranks under {ranks.launcher}; export it")
@@ -55,7 +59,38 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
     return torch.device(accelerator.device_name(ranks.local_rank) if accelerator.device_name() != "cpu" else "cpu")
 
 
-def _free_port() -> int:
+def _meeting_point(ranks: Ranks) -> tuple[str, str]:
+    """(host, port) that rank 0 chooses and sends through MPI: mpirun gives ranks their numbers, but no address.
+
+    MPI ends here again: to mpirun the ranks are plain processes, whose signals and exit codes it passes on.
+    """
+    import mpi4py
+
+    mpi4py.rc.initialize = mpi4py.rc.finalize = False
+    way_out = "install the libmpi of this mpirun (Debian: libopenmpi-dev), or export MASTER_ADDR and MASTER_PORT"
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise RankLostError(f"mpi4py finds no MPI: {first_line(error)}; {way_out}") from None
+    MPI.Init()
+    world = MPI.COMM_WORLD
+    seen = (world.Get_rank(), world.Get_size())
+    if seen == (ranks.rank, ranks.world_size):
+        host = "127.0.0.1" if ranks.local_world_size == ranks.world_size else socket.gethostname()
+        address = bytearray(f"{host} {_free_port()}".encode().ljust(300))
+        world.Bcast(address, root=0)
+        MPI.Finalize()
+        host, port = bytes(address).decode().split()
+        return host, port
+    library = MPI.Get_library_version().split(",")[0]
+    MPI.Finalize()
+    raise RankLostError(
+        f"mpirun promised rank {ranks.rank} of {ranks.world_size}, but mpi4py's {library} sees rank {seen[0]} of "
+        f"{seen[1]}; {way_out}"
+    )
+
+
+def _free_port() -> str:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])

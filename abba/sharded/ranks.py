@@ -5,17 +5,19 @@ from dataclasses import dataclass
 
 from abba.errors import RankLostError
 
-# Launcher -> its variables for rank, ranks in all, rank on this node, ranks on this node.
+# Launcher -> its variables for rank, ranks in all, rank on this node, ranks on this node (the first that is set).
 LAUNCHERS = {
-    "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-    "mpirun": (
+    "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
+    "mpirun": (  # before srun, with which it starts its daemons: their variables are not the ranks'
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
 }
+# What other MPIs' launchers set. Taken for plain starts, their processes would each train a model of their own.
+FOREIGN = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def ranks_from_environment() -> Ranks:
     """The launcher's word, without starting anything. A process started plainly is one rank alone.
 
     Raises:
-        RankLostError: a launcher's variables are incomplete or contradict each other.
+        RankLostError: a launcher's variables are incomplete or contradict each other, or are of a foreign MPI.
     """
     job = os.environ.get("SLURM_JOB_ID")
     for launcher, names in LAUNCHERS.items():
@@ -49,11 +51,26 @@ def ranks_from_environment() -> Ranks:
             continue
         try:
             local_rank = int(os.environ.get(names[2], 0))
-            local_size = int(os.environ.get(names[3], size or 1))
-            ranks = Ranks(int(rank), int(size), local_rank, min(local_size, int(size)), launcher, job)
-        except (TypeError, ValueError):
+            on_node = next((os.environ[name] for name in names[3:] if name in os.environ), size)
+            ranks = Ranks(int(rank), int(size), local_rank, min(_of_this_node(on_node), int(size)), launcher, job)
+        except (TypeError, ValueError, IndexError):
             raise RankLostError(f"{names[0]}={rank!r} and {names[1]}={size!r}: both must be whole numbers") from None
         if not 0 <= ranks.rank < ranks.world_size:
             raise RankLostError(f"{names[0]}={rank} is not below {names[1]}={size}; check the launcher's arguments")
         return ranks
+    for name in FOREIGN:
+        if name in os.environ:
+            raise RankLostError(
+                f"{name}={os.environ[name]}, but no rank that we know: started by an MPI other than Open MPI; "
+                "use Open MPI's mpirun, deepspeed, torchrun or srun, or set RANK, WORLD_SIZE and LOCAL_RANK"
+            )
     return Ranks(job=job)
+
+
+def _of_this_node(counts: str) -> int:
+    """A number of ranks; or SLURM's 8(x2),4 for two nodes of 8 ranks and one of 4."""
+    nodes: list[int] = []
+    for part in counts.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        nodes += [int(count)] * int(times or 1)
+    return nodes[int(os.environ.get("SLURM_NODEID", 0)) if len(nodes) > 1 else 0]

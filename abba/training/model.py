@@ -42,9 +42,11 @@ def load_partitioned(
     loaded = load_base(model, directory, ranks.rank, ranks.world_size)
     name = str(dtype).removeprefix("torch.")
     say(f"model: {directory}, {config.model_type}, {name}, {attention} attention because {why}")
+    copy = f" and 1/{loaded.copy_ranks} for its node's copy" if loaded.copy_ranks else ""
     say(
-        f"model: {loaded.elements:,} parameters in {loaded.tensors} tensors; each rank read its 1/{ranks.world_size}, "
-        f"rank 0 {loaded.bytes_read:,} bytes, in {time.monotonic() - started:.1f} s; checksum {loaded.checksum:016x}"
+        f"model: {loaded.elements:,} parameters in {loaded.tensors} tensors; each rank read its 1/{ranks.world_size}"
+        f"{copy}, rank 0 {loaded.bytes_read:,} bytes, in {time.monotonic() - started:.1f} s; "
+        f"checksum {loaded.checksum:016x}"
     )
     for ignored in loaded.ignored:
         say(f"model: passed over {ignored}")

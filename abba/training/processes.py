@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Words of a launcher's command line, as programs or as modules.
 LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch"}
-LAUNCHERS |= {"slurmstepd:", "orted", "prted", "mpirun", "mpiexec"}
+LAUNCHERS |= {"slurmstepd:", "orted", "prted", "mpirun", "mpirun.openmpi", "orterun", "mpiexec"}
 
 
 def machine() -> str:

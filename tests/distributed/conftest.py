@@ -52,9 +52,9 @@ def runs(tmp_path_factory, arguments):
     """runs(name, world_size, *overrides) -> (run directory, findings of each rank); cached by name."""
     root, done = tmp_path_factory.mktemp("runs"), {}
 
-    def run(name, world_size, *overrides):
+    def run(name, world_size, *overrides, nodes=1):
         if name not in done:
-            found = probe(world_size, root / f"{name}-probe", arguments(root / name, *overrides))
+            found = probe(world_size, root / f"{name}-probe", arguments(root / name, *overrides), nodes)
             done[name] = (root / name, found)
         return done[name]
 

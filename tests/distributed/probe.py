@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 import torch
 import train as program
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_local_fp32_param
 
 import abba.adapter.linear
 import abba.sharded.engine
@@ -27,6 +28,7 @@ result = {
     "gathered_factors": [],
     "gathered_base": [],
     "resident_2d": [],
+    "stale_factors": [],
     "buffers": {},
     "svd": {},
     "layer_forwards": [],
@@ -55,7 +57,13 @@ def watch_engine() -> None:
         result["base_elements"] = sum(p.ds_numel for p in model.parameters() if not p.requires_grad)
         result["held_elements"] = sum(p.ds_tensor.numel() for p in model.parameters() if not p.requires_grad)
         result["base_parameters"] = sum(not p.requires_grad for p in model.parameters())
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        result["copy_elements"] = sum(
+            p.ds_secondary_tensor.numel() for p in frozen if p.ds_secondary_tensor is not None
+        )
         engine = start(model, *arguments)
+        result["offload_param"] = engine.optimizer.offload_param
+        result["stale_factors"].append(stale_factors(engine))
         watch_gathers(engine)
         result["buffers"] = {name: str(buffer.dtype) for name, buffer in engine.module.named_buffers()}
         result["masters"] = {
@@ -95,9 +103,23 @@ def watch_gathers(engine) -> None:
         result["gathered_base"].append(sum(n for name, n in gathers.items() if not name.endswith(FACTORS)))
         frozen = [p for p in engine.module.parameters() if not p.requires_grad and len(p.ds_shape) > 1]
         result["resident_2d"].append(sum(p.data.numel() for p in frozen))
+        result["stale_factors"].append(stale_factors(engine))
         return outcome
 
     abba.training.loop.optimizer_step = counted
+
+
+def stale_factors(engine) -> int:
+    """Factors whose copy, of which a gather would be made or was made, is not their master in the model's dtype."""
+    stale = 0
+    for p in engine.module.parameters():
+        if p.requires_grad:
+            world, rank = p.ds_zero_partition_world_size, p.ds_zero_partition_rank
+            start, stop = abba.sharded.engine.slice_bounds(p.ds_numel, rank, world)
+            master = safe_get_local_fp32_param(p)[: stop - start].to(p.dtype)
+            fresh = torch.equal(p.data.flatten()[start:stop], master) and p.ds_secondary_tensor is None
+            stale += not fresh
+    return stale
 
 
 def watch_layers() -> None:

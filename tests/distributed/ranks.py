@@ -42,21 +42,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def probe(world_size: int, directory: Path, arguments: list[str]) -> list[dict]:
+def probe(world_size: int, directory: Path, arguments: list[str], nodes: int = 1) -> list[dict]:
     """Run tests/distributed/probe.py on every rank; returns each rank's findings."""
     results = [directory / f"rank-{rank}.json" for rank in range(world_size)]
     commands = [["tests/distributed/probe.py", str(result), *arguments] for result in results]
-    for rank, finished in enumerate(run_ranks(directory, commands)):
+    for rank, finished in enumerate(run_ranks(directory, commands, nodes)):
         assert finished.returncode == 0, f"rank {rank}:\n{finished.stderr[-5000:]}"
     return [json.loads(result.read_text()) for result in results]
 
 
-def run_ranks(directory: Path, commands: list[list[str]]) -> list[warm.Finished]:
-    """Run one command per rank, connected as a launcher connects them."""
-    common = {"WORLD_SIZE": str(len(commands)), "LOCAL_WORLD_SIZE": str(len(commands))}
+def run_ranks(directory: Path, commands: list[list[str]], nodes: int = 1) -> list[warm.Finished]:
+    """Run one command per rank, connected as a launcher connects them; on `nodes` nodes, as their variables say."""
+    on_node = len(commands) // nodes
+    common = {"WORLD_SIZE": str(len(commands)), "LOCAL_WORLD_SIZE": str(on_node)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     programs = [
-        warm.Program(directory / f"rank-{rank}", command, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        warm.Program(
+            directory / f"rank-{rank}", command, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank % on_node)}
+        )
         for rank, command in enumerate(commands)
     ]
     try:

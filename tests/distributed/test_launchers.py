@@ -1,0 +1,70 @@
+"""Who a process is, as each launcher's variables say it."""
+
+import os
+
+import pytest
+
+from abba.errors import RankLostError
+from abba.sharded.ranks import Ranks, ranks_from_environment
+from tests import warm
+
+TORCHRUN = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+DEEPSPEED = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "9", "OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+MPIRUN |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "PMIX_RANK": "9"}
+SRUN = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}
+DAEMON = {**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_LOCALID": "0"}
+
+
+@pytest.fixture
+def under(monkeypatch):
+    """under(variables) -> what a process with them is"""
+
+    def process(variables):
+        for name in list(os.environ):
+            if name.startswith(warm.LAUNCHERS):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return ranks_from_environment()
+
+    return process
+
+
+@pytest.mark.parametrize(
+    "variables, launcher",
+    [
+        (TORCHRUN, "deepspeed or torchrun"),
+        (DEEPSPEED, "deepspeed or torchrun"),
+        (MPIRUN, "mpirun"),
+        ({**DAEMON, **MPIRUN}, "mpirun"),  # in a SLURM job, where srun starts mpirun's daemons
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, "srun"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4,8,4"}, "srun"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "PMIX_RANK": "9", "PMI_SIZE": "16"}, "srun"),
+        ({**SRUN, "SLURM_NTASKS_PER_NODE": "8"}, "srun"),
+    ],
+)
+def test_the_second_rank_of_the_second_node_of_eight(under, variables, launcher):
+    assert under(variables) == Ranks(9, 16, 1, 8, launcher)
+
+
+def test_without_a_launcher_a_process_is_alone(under):
+    assert under({}) == Ranks()
+    assert under({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"}) == Ranks(job="7")  # a batch script
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({**TORCHRUN, "RANK": "16"}, "RANK=16 is not below WORLD_SIZE=16"),
+        ({**TORCHRUN, "RANK": "x"}, "RANK='x' and WORLD_SIZE='16'"),
+        ({"RANK": "0"}, "RANK='0' and WORLD_SIZE=None"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8,x"}, "both must be whole numbers"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI_SIZE=2, but no rank that we know"),
+        ({"PMIX_RANK": "1"}, "PMIX_RANK=1, but no rank that we know"),
+    ],
+)
+def test_what_makes_no_rank_is_refused(under, variables, said):
+    with pytest.raises(RankLostError, match="^rank lost: ") as error:
+        under(variables)
+    assert said in str(error.value)

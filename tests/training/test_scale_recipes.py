@@ -1,0 +1,75 @@
+"""Recipes of models that nothing here can hold: their batches and ZeRO-3 settings suit the GPUs that they name."""
+
+import pytest
+
+from abba.base_model import DTYPES
+from abba.errors import RecipeError
+from abba.sharded.engine import engine_config
+from abba.sharded.ranks import Ranks
+from abba.training.prepare import accumulation_steps
+from abba.training.recipe import load_recipe
+from tests.training.test_recipe import SHIPPED
+
+HPZ = "deepspeed.zero_optimization.zero_hpz_partition_size={}"
+OFFLOAD = "deepspeed.zero_optimization.offload_param={device: cpu, pin_memory: true}"
+LLAMA_70B, QWEN_32B = (8192, 28672, 8 * 128), (5120, 27648, 8 * 128)  # hidden, mlp, keys or values of all heads
+
+
+def configured(name, world, on_node, *overrides):
+    """(micro-batches a step, DeepSpeed's configuration)"""
+    recipe = load_recipe(name, list(overrides), SHIPPED)
+    settings = recipe.train
+    micro = settings.per_device_train_batch_size
+    accumulation = accumulation_steps(settings.global_batch_size, micro, world)
+    ranks = Ranks(0, world, 0, on_node)
+    dtype = DTYPES[recipe.model.dtype]
+    return accumulation, engine_config(dtype, micro, accumulation, 1.0, recipe.deepspeed, ranks)["zero_optimization"]
+
+
+@pytest.mark.parametrize(
+    "name, shape, world, overrides, micro_batches",
+    [
+        ("llama70b_gsm8k", LLAMA_70B, 8, [], 2),
+        ("llama70b_gsm8k", LLAMA_70B, 16, [HPZ.format(8)], 1),
+        ("llama70b_gsm8k", LLAMA_70B, 8, [OFFLOAD], 2),
+        ("metamath_llama70b", LLAMA_70B, 16, [], 1),
+        ("metamath_llama70b", LLAMA_70B, 8, [HPZ.format(1)], 2),
+        ("gsm8k_qwen2.5_32b", QWEN_32B, 8, [], 2),
+        ("gsm8k_qwen2.5_32b", QWEN_32B, 16, [HPZ.format(8)], 1),
+    ],
+)
+def test_batches_and_limits_suit_the_hardware_that_is_named(name, shape, world, overrides, micro_batches):
+    accumulation, zero = configured(name, world, 8, *overrides)
+    assert accumulation == micro_batches
+    hidden, mlp, kv = shape
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * mlp
+    assert layer < zero["stage3_prefetch_bucket_size"] < 1.1 * layer, "the whole next layer, and no more"
+    assert 2 * layer < zero["stage3_max_live_parameters"] < 3 * layer
+    assert zero["stage3_max_reuse_distance"] == 0
+
+
+@pytest.mark.parametrize("name, world, overrides", [("metamath_llama70b", 8, []), ("llama70b_gsm8k", 12, [])])
+def test_other_numbers_of_gpus_are_refused(name, world, overrides):
+    with pytest.raises(RecipeError, match="set it to 1|the number of ranks can be 1, 2, 4, 8, 16"):
+        configured(name, world, 8, *overrides)
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        (HPZ.format("eight"), "zero_hpz_partition_size: 'eight': Input should be a valid integer"),
+        (HPZ.format(-8), "zero_hpz_partition_size: -8: Input should be greater than or equal to 0"),
+        (HPZ.format(5), "zero_hpz_partition_size: 5 does not divide the 16 ranks; set it to 1 or 8"),
+        (HPZ.format(4), "zero_hpz_partition_size: 4 is not the 8 ranks of this node; set it to 1 or 8"),
+        (HPZ.format(16), "zero_hpz_partition_size: 16 is not the 8 ranks of this node; set it to 1 or 8"),
+        (
+            "deepspeed.zero_optimization.offload_param.device=nvme",
+            "offload_param.device: nvme is not supported; write cpu",
+        ),
+        ("deepspeed.zero_optimization.offload_param.device=disk", "offload_param.device: 'disk'"),
+    ],
+)
+def test_a_layout_that_does_not_suit_is_one_line(override, said):
+    with pytest.raises(RecipeError) as error:
+        configured("llama70b_gsm8k", 16, 8, override)
+    assert said in str(error.value) and "\n" not in str(error.value)
