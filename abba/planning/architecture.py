@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from abba.adapter.config import AdapterConfig
-from abba.adapter.inject import choose_names
 from abba.adapter.initialize import check_ranks
+from abba.adapter.inject import choose_names
 from abba.errors import RecipeError
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma2")

@@ -1,4 +1,4 @@
-"""config.json of models by their Hub name, as far as it decides shapes: planning needs neither a download nor a licence."""
+"""config.json of models by their Hub name, as far as it decides shapes: planning needs no download and no licence."""
 
 from typing import Any
 
