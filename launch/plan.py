@@ -22,6 +22,8 @@ from abba.errors import AbbaError, RecipeError, exit_with
 # Rows that were counted; of a local file of lines they are counted each time.
 KNOWN_ROWS = {("openai/gsm8k", "main", "train"): 7_473}
 
+TABLE_GPUS, TABLE_MEMORIES = (1, 2, 4, 8, 16), (24, 48, 80, 141)
+
 
 def positive_number(text: str) -> float:
     """An argument that is a finite number above 0."""
@@ -58,6 +60,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=positive, help="training rows of an epoch, where they are not counted here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--table", action="store_true", help="print what fits on how many GPUs of which size, in Markdown"
+    )
     parser.add_argument("--explain", action="store_true", help="print the formulas with the numbers put in")
     return parser.parse_intermixed_args()
 
@@ -71,9 +76,10 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from abba.planning.explain import explain
     from abba.planning.job import Cluster
     from abba.planning.plan import nearest, plan
-    from abba.planning.report import as_dict, refusal, table
+    from abba.planning.report import as_dict, grid, refusal, table
     from abba.training.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, RECIPES)
@@ -85,7 +91,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.inter_node_gbps,
         arguments.gpu_tflops,
     )
-    planned = plan(job_of(recipe, cluster.gpus), cluster)
+    job = job_of(recipe, cluster.gpus)
+    if arguments.table:
+        print(grid(job, cluster, TABLE_GPUS, TABLE_MEMORIES))
+        return 0
+    planned = plan(job, cluster)
     rows = arguments.rows or rows_of(recipe)
     steps = steps_of(recipe, rows)
     others = [] if planned.fits else nearest(planned)
@@ -93,6 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(as_dict(planned, others, rows, steps), indent=2))
     elif planned.fits or arguments.explain:
         print(table(planned, recipe.model.name_or_path, rows, steps))
+    if arguments.explain and not arguments.json:
+        print(f"\n{explain(planned)}")
     if not planned.fits:
         raise RecipeError(refusal(planned, others))
     return 0
@@ -157,18 +169,19 @@ def model_config(name: str, revision: str | None) -> dict[str, Any]:
 
     if is_there(Path(name)):
         return check_config(Path(name))
+    is_hub_name = not name.startswith((".", "/", "~")) and name.count("/") <= 1
     try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision) if is_hub_name else None
     except HFValidationError:
-        cached = None
+        is_hub_name, cached = False, None
     if isinstance(cached, str):
         return check_config(Path(cached).parent)
     if config := known_config(name):
         return config
+    fetch = f"; fetch its config.json first: hf download {name} config.json" if is_hub_name else ""
     raise RecipeError(
         f"model.name_or_path: {name!r} is neither a directory (seen from {Path.cwd()}) nor in the Hub cache, and its "
-        f"shapes are not known; fetch its config.json first: hf download {name} config.json; "
-        f"known are {', '.join(KNOWN)}"
+        f"shapes are not known{fetch}; known are {', '.join(KNOWN)}"
     )
 
 

@@ -88,6 +88,11 @@ class Job:
         return factors(self.targets, self.adapter.r1, self.adapter.r2)
 
     @property
+    def replicated(self) -> list[int]:
+        """Elements of each parameter that is whole on every rank."""
+        return [p.numel for p in (*self.base, *self.factors) if p.replicated]
+
+    @property
     def base_parameters(self) -> int:
         return sum(p.numel for p in self.base)
 

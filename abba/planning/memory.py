@@ -18,9 +18,9 @@ MASTER_AND_MOMENTS = 3 * FP32
 def gpu_parts(job: Job) -> dict[str, int]:
     """Bytes on the fullest GPU at the fullest moment of a training step, by part."""
     parts = {**allocated_parts(job), "gathered layers": gathered_bytes(job)}
-    parts["activations"] = activation_bytes(job)
-    parts["logits and loss"] = logit_bytes(job)
-    in_a_step = sum(parts[name] for name in ("gathered layers", "activations", "logits and loss"))
+    parts["activations kept"] = kept_bytes(job)
+    parts["loss or a layer's backward"] = max(loss_bytes(job), backward_bytes(job))
+    in_a_step = sum(parts[name] for name in ("gathered layers", "activations kept", "loss or a layer's backward"))
     if (start := start_bytes(job) - in_a_step) > 0:
         parts["start, beyond a step"] = start
     parts["context and fragments"] = CONTEXT_BYTES + int(FRAGMENTS * sum(parts.values()))
@@ -30,15 +30,15 @@ def gpu_parts(job: Job) -> dict[str, int]:
 def allocated_parts(job: Job) -> dict[str, int]:
     """What is allocated from the first step to the last."""
     zero, element = job.sharding, job.element_bytes
-    replicated = [p for p in (*job.base, *job.factors) if p.replicated]
+    # A rank alone uses its partitions, which are whole, as they lie.
+    whole = job.gathered(*job.replicated) if job.gpus > 1 else 0
     trained = job.shard(job.factors)
-    moments_only = element == FP32  # an fp32 partition is its own master
     return {
         "base shard": 0 if zero.offload else job.shard(job.base) * element,
         "hpz second copy": 0 if zero.offload else second_copy_elements(job) * element,
-        "factors and norms": (sum(p.numel for p in replicated) if job.gpus > 1 else 0) * element + trained * element,
+        "factors and norms": (whole + (0 if zero.offload else trained)) * element,
         "gradients": trained * FP32,
-        "masters and moments": trained * (MASTER_AND_MOMENTS - (FP32 if moments_only else 0)),
+        "masters and moments": trained * MASTER_AND_MOMENTS,
         "reduce bucket": zero.reduce_bucket * FP32,
     }
 
@@ -67,47 +67,54 @@ def gathered_bytes(job: Job) -> int:
     return (live + copied) * job.element_bytes
 
 
-def activation_bytes(job: Job) -> int:
-    """What autograd keeps from forward for backward, at most at once, and backward's own temporaries."""
-    model, element, tokens = job.architecture, job.element_bytes, job.micro_tokens
-    layer = layer_activation_bytes(job)
-    boundaries = model.layers * model.hidden * element * tokens
-    kept = layer * model.layers if job.checkpointing == "none" else boundaries + layer
-    rank = job.adapter.r1 * job.adapter.r2
-    wide = max((out + into for out, into in job.targets.values()), default=0)
-    # Gradients of the MLP's three wide tensors, of its input and of the residual; Khatri-Rao factors and gradients.
-    backward = tokens * (3 * model.mlp * element + 2 * model.hidden * (element + FP32)) + 2 * rank * wide * element
-    return kept + backward
+def kept_bytes(job: Job) -> int:
+    """What autograd keeps from forward to backward: everything, or with checkpointing the input of each layer."""
+    if job.checkpointing == "none":
+        return job.architecture.layers * layer_bytes(job)
+    return job.architecture.layers * job.architecture.hidden * job.element_bytes * job.micro_tokens
 
 
-def layer_activation_bytes(job: Job) -> int:
+def backward_bytes(job: Job) -> int:
+    """Temporaries of one layer's backward: what is recomputed for it, the logits, gradients of the MLP's tensors.
+
+    Of the widest linear, the Khatri-Rao factors or their gradients.
+    """
+    model, element = job.architecture, job.element_bytes
+    recomputed = layer_bytes(job) if job.checkpointing != "none" else 0
+    wide = max(out + into for out, into in job.targets.values())
+    gradients = job.micro_tokens * (2 * model.mlp * element + model.norms * model.hidden * FP32 // 2)
+    logits = job.micro_tokens * model.vocab * element
+    return recomputed + logits + gradients + job.adapter.r1 * job.adapter.r2 * wide * element
+
+
+def layer_bytes(job: Job) -> int:
     """What autograd saves in the forward pass of one layer."""
     model, element = job.architecture, job.element_bytes
     rank = job.adapter.r1 * job.adapter.r2
-    query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    query = model.heads * model.head_dim
     adapted = -(-len(job.targets) // model.layers)
-    per_token = model.norms * model.hidden * FP32  # a norm works in fp32
+    per_token = model.norms * (model.hidden + 1) * FP32  # a norm works in fp32
     per_token += 2 * model.hidden * element  # the inputs of attention and MLP
     per_token += adapted * rank * element  # x A_kr of every adapted linear
-    per_token += 4 * query * element + 2 * key * element  # q, k and v for all heads, the output; k and v before
+    per_token += 4 * query * element  # q, k and v, all for every head, and the output
     per_token += 4 * model.mlp * element  # gate, its activation, up, their product
     if job.attention == "eager" or (job.attention == "auto" and model.attention_cap):
-        # Scores, if capped also their tanh, and probabilities in fp32 and rounded.
-        per_token += model.heads * job.tokens * (element * (2 + model.attention_cap) + FP32)
+        # Probabilities in fp32 and rounded; of capped scores the tanh.
+        per_token += model.heads * job.tokens * (FP32 + element * (1 + model.attention_cap))
     else:
-        per_token += model.heads * FP32  # log-sum-exp of each row of scores
+        per_token += model.heads * FP32 + job.tokens * element  # log-sum-exp of each row of scores; the mask
     return per_token * job.micro_tokens
 
 
-def logit_bytes(job: Job) -> int:
-    """Logits, and in fp32 their log-softmax, its gradient and theirs; every token counted as supervised."""
-    per_logit = job.element_bytes * (1 + 2 * job.architecture.logit_cap) + 3 * FP32
+def loss_bytes(job: Job) -> int:
+    """Logits, if capped their tanh, and in fp32 their log-softmax, its gradient and theirs; every token supervised."""
+    per_logit = job.element_bytes * (1 + job.architecture.logit_cap) + 3 * FP32
     return job.micro_tokens * job.architecture.vocab * per_logit
 
 
 def start_bytes(job: Job) -> int:
     """Before the first step: every factor in fp32 and in the model's dtype, and two weights, one also in fp32."""
-    largest = max((out * into for out, into in job.targets.values()), default=0)
+    largest = max(out * into for out, into in job.targets.values())
     return job.trainable_parameters * (FP32 + job.element_bytes) + largest * (2 * job.element_bytes + FP32)
 
 

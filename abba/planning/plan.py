@@ -56,6 +56,11 @@ class Plan:
         return times(self.job, self.cluster)
 
     @property
+    def group(self) -> int:
+        """GPUs that gather the base together."""
+        return self.job.sharding.hpz if self.job.sharding.hpz > 1 else self.job.gpus
+
+    @property
     def gib(self) -> float:
         """Of a GPU's memory, at the fullest moment."""
         return sum(self.gpu.values()) / GIB
@@ -70,9 +75,9 @@ class Plan:
         return self.times.limit if self.fits else "GPU memory"
 
 
-def plan(job: Job, nodes_and_memory: Cluster) -> Plan:
-    """The plan of `job`; its GPUs are those of the cluster."""
-    return Plan(replace(job, gpus=nodes_and_memory.gpus), nodes_and_memory)
+def plan(job: Job, cluster: Cluster) -> Plan:
+    """The plan of `job` on all GPUs of the cluster."""
+    return Plan(replace(job, gpus=cluster.gpus), cluster)
 
 
 def nearest(wanted: Plan) -> list[tuple[str, Plan]]:
@@ -88,6 +93,16 @@ def nearest(wanted: Plan) -> list[tuple[str, Plan]]:
                 found.append((" ".join(texts), p))
                 break
     return [*found[: MOST_SUGGESTIONS - 1], *_more_gpus(wanted)][:MOST_SUGGESTIONS]
+
+
+def largest_micro_batch(job: Job, cluster: Cluster) -> Plan | None:
+    """With as many rows in a micro-batch as fit, offloading the base if it must; None where one row does not."""
+    whole = replace(job, gpus=cluster.gpus, micro_batch=job.global_batch // cluster.gpus + 1)
+    for offload in (False, True):
+        for smaller in smaller_micro_batches(replace(whole, sharding=replace(job.sharding, offload=offload))):
+            if found := _fitting(smaller, cluster):
+                return found
+    return None
 
 
 def _fitting(job: Job, cluster: Cluster) -> Plan | None:

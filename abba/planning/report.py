@@ -1,9 +1,12 @@
 """A plan in words and numbers: the table for people, the dictionary for programs."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from abba.planning.job import Cluster, Job
 from abba.planning.memory import GIB
-from abba.planning.plan import Plan
+from abba.planning.plan import Plan, largest_micro_batch
 
 SECONDS_PER_HOUR = 3600
 
@@ -44,14 +47,15 @@ def as_dict(plan: Plan, nearest: list[tuple[str, Plan]], rows: int | None, steps
 def table(plan: Plan, name: str, rows: int | None, steps: int | None) -> str:
     """The plan for people."""
     job, cluster, times, moved = plan.job, plan.cluster, plan.times, plan.traffic
+    gpus = f"{job.gpus} GPU{'s' * (job.gpus > 1)} ({cluster.nodes} x {cluster.gpus_per_node})"
     share = job.trainable_parameters / job.base_parameters
     lines = [
         f"{name}: {job.base_parameters:,} parameters, {job.trainable_parameters:,} train ({share:.2%})",
-        f"{job.gpus} GPUs ({cluster.nodes} x {cluster.gpus_per_node}), global batch {job.global_batch} = {job.gpus} x "
-        f"{job.micro_batch} rows x {job.accumulation}, {job.tokens} tokens a row, checkpointing {job.checkpointing}",
+        f"{gpus}, global batch {job.global_batch} = {job.gpus} x {job.micro_batch} rows x {job.accumulation}, "
+        f"{job.tokens} tokens a row, checkpointing {job.checkpointing}",
         "",
         "memory of a GPU, GiB",
-        *(_line(part, size / GIB, "{:10.2f}") for part, size in plan.gpu.items()),
+        *(_line(part, size / GIB, "{:10.2f}") for part, size in plan.gpu.items() if size),
         _line("total", plan.gib, "{:10.2f}")
         + f"   {'fits' if plan.fits else 'does not fit'} {cluster.gpu_memory_gib:g}",
         "",
@@ -93,10 +97,35 @@ def refusal(plan: Plan, nearest: list[tuple[str, Plan]]) -> str:
     """One line: the need, the limit, the way out."""
     biggest = sorted(plan.gpu.items(), key=lambda part: -part[1])[:3]
     most = ", ".join(f"{part} {size / GIB:.1f}" for part, size in biggest)
-    line = f"needs {plan.gib:.1f} GiB of {plan.cluster.gpu_memory_gib:g} on each of {plan.job.gpus} GPUs ({most})"
+    line = f"needs {plan.gib:.1f} GiB of {plan.cluster.gpu_memory_gib:g} on {_gpus(plan.job.gpus)} ({most})"
     if not nearest:
         return f"{line}; no setting or number of GPUs near this one fits"
     return f"{line}; fits with " + ", or with ".join(f"{text} ({other.gib:.1f} GiB)" for text, other in nearest)
+
+
+def grid(job: Job, cluster: Cluster, gpus: Sequence[int], memories: Sequence[int]) -> str:
+    """A Markdown table: for each number and size of GPUs the largest micro-batch that fits, and what it takes."""
+    lines = [
+        "| GPUs | " + " | ".join(f"{memory} GB" for memory in memories) + " |",
+        "|---|" + "---|" * len(memories),
+    ]
+    for count in gpus:
+        per_node = min(count, cluster.gpus_per_node)
+        sized = replace(cluster, nodes=-(-count // per_node), gpus_per_node=per_node)
+        plans = [largest_micro_batch(job, replace(sized, gpu_memory_gib=float(memory))) for memory in memories]
+        lines.append(f"| {count} | " + " | ".join(map(_cell, plans)) + " |")
+    return "\n".join(lines)
+
+
+def _cell(plan: Plan | None) -> str:
+    if plan is None:
+        return "no"
+    rows = f"{plan.job.micro_batch} row{'s' * (plan.job.micro_batch > 1)}"
+    return f"{rows}, {plan.gib:.1f}" + (", base in host memory" if plan.job.sharding.offload else "")
+
+
+def _gpus(count: int) -> str:
+    return f"each of {count} GPUs" if count > 1 else "the one GPU"
 
 
 def _line(what: str, value: float, form: str) -> str:

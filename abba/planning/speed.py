@@ -53,12 +53,11 @@ def gathered_elements(job: Job) -> int:
 def traffic(job: Job, cluster: Cluster) -> Traffic:
     """Bytes of one optimizer step."""
     base = gathered_elements(job) * job.element_bytes * job.accumulation
-    replicated = [p for p in (*job.base, *job.factors) if p.replicated]
-    again = job.gathered(*(p.numel for p in replicated)) * job.element_bytes if job.gpus > 1 else 0  # after the update
-    reduced = job.gathered(*(p.numel for p in job.factors)) * FP32 * job.accumulation if job.gpus > 1 else 0
+    again = job.gathered(*job.replicated) * job.element_bytes if job.gpus > 1 else 0  # after the update
+    reduced = job.gathered(*(p.numel for p in job.factors)) * FP32 * job.accumulation
     group = job.sharding.hpz if job.sharding.hpz > 1 else job.gpus
     everyone, others = (job.gpus - 1) / job.gpus, (cluster.nodes - 1) / cluster.nodes
-    crossing = others if group > cluster.gpus_per_node else 0.0
+    crossing = 1 - 1 / -(-group // cluster.gpus_per_node)
     return Traffic(
         gathered=base + again,
         reduced=reduced,
