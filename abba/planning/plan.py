@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from abba.errors import RecipeError
 from abba.planning.job import Cluster, Job
@@ -82,14 +82,15 @@ def plan(job: Job, cluster: Cluster) -> Plan:
 
 def nearest(wanted: Plan) -> list[tuple[str, Plan]]:
     """(what to change, the plan then) of settings near `wanted` that fit: one change each, or else several together."""
-    job, cluster = wanted.job, wanted.cluster
-    found = [(text, p) for text, changed in _single_changes(job) if (p := _fitting(changed, cluster))]
+    job, fitting = wanted.job, partial(_fitting, cluster=wanted.cluster)
+    found = [(_micro_batch(p.job), p) for p in map(fitting, smaller_micro_batches(job)) if p][:1]
+    found += [(text, p) for text, changed in _cheaper_settings(job) if (p := fitting(changed))]
     if not found:
         texts = []
         for text, change in _cumulative(job):
             texts.append(text)
             job = change
-            if p := _fitting(job, cluster):
+            if p := fitting(job):
                 found.append((" ".join(texts), p))
                 break
     return [*found[: MOST_SUGGESTIONS - 1], *_more_gpus(wanted)][:MOST_SUGGESTIONS]
@@ -120,10 +121,8 @@ def smaller_micro_batches(job: Job) -> Iterator[Job]:
             yield replace(job, micro_batch=micro)
 
 
-def _single_changes(job: Job) -> Iterator[tuple[str, Job]]:
-    for smaller in smaller_micro_batches(job):
-        yield f"train.per_device_train_batch_size={smaller.micro_batch}", smaller
-    yield from _cheaper_settings(job)
+def _micro_batch(job: Job) -> str:
+    return f"train.per_device_train_batch_size={job.micro_batch}"
 
 
 def _cheaper_settings(job: Job) -> Iterator[tuple[str, Job]]:
@@ -144,7 +143,7 @@ def _cumulative(job: Job) -> Iterator[tuple[str, Job]]:
     """Each on top of the ones before."""
     if smallest := list(smaller_micro_batches(job)):
         job = smallest[-1]
-        yield "train.per_device_train_batch_size=1", job
+        yield _micro_batch(job), job
     while change := next(_cheaper_settings(job), None):
         job = change[1]
         yield change
@@ -162,6 +161,6 @@ def _more_gpus(wanted: Plan) -> Iterator[tuple[str, Plan]]:
             if found := _fitting(job, cluster):
                 text = f"--nodes {cluster.nodes} --gpus-per-node {cluster.gpus_per_node}"
                 if job is not wanted.job:
-                    text += " train.per_device_train_batch_size=1"
+                    text += f" {_micro_batch(job)}"
                 yield text, found
                 return

@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import AutoTokenizer
 
+from abba.planning.job import Sharding
+from abba.sharded.engine import engine_config
 from tests import warm
 from tests.distributed.ranks import TINY, probe
 from tests.models import tiny_model
@@ -65,15 +68,20 @@ def test_what_is_gathered_at_once_stays_within_the_plan(tmp_path):
 
 
 def test_gemmas_last_module_of_a_layer_is_a_norm(tmp_path, arguments):
-    """So that all seven linears of a layer are gathered a third time."""
+    """So that all seven linears of a layer are gathered a third time. Two ranks share odd numbers of elements."""
     base = tmp_path / "base"
-    tiny_model("gemma2", vocab_size=640, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True).to(
-        torch.bfloat16
-    ).save_pretrained(base)
+    shape = {"vocab_size": 640, "intermediate_size": 113, "bos_token_id": 1, "eos_token_id": 2}
+    tiny_model("gemma2", **shape, tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(base)
-    more = [f"model.name_or_path={base}", "model.attn_implementation=auto", *SHORT, "train.eval_steps=4"]
+    more = [f"model.name_or_path={base}", "model.attn_implementation=auto", *SHORT]
     found = probe(2, tmp_path / "probe", arguments(tmp_path / "run", *more))
     assert_equal_to_plan(found, planned(tmp_path / "plan", arguments("unused", *more), 2))
+
+
+def test_defaults_are_those_of_the_engine():
+    zero = DeepSpeedZeroConfig(**engine_config(torch.bfloat16, 1, 1, 1.0, {})["zero_optimization"])
+    limits = (zero.prefetch_bucket_size, zero.max_live_parameters, zero.reduce_bucket_size)
+    assert Sharding() == Sharding(zero.zero_hpz_partition_size, zero.offload_param is not None, *limits)
 
 
 @pytest.fixture(scope="module")
