@@ -29,6 +29,11 @@ def test_a_rank_alone_holds_the_base_and_gathers_nothing():
     assert alone.gpu["masters and moments"] == 83_886_080 * 12
 
 
+def test_each_parameter_is_padded_on_its_own():
+    three = job(gpus=3)
+    assert (three.part(10), three.gathered(10), three.gathered(10, 10)) == (4, 12, 24)
+
+
 @pytest.mark.parametrize("size, expected", [("8B", 0.128), ("70B", 0.065)])
 def test_the_adapters_share_of_the_computing(size, expected):
     """8 R (O + I) over 6 O I of the linears, with recomputation, R = 256."""
