@@ -46,6 +46,8 @@ def _memory(plan: Plan) -> list[str]:
         "loss or a layer's backward": f"the larger of {tokens:,} tokens x {model.vocab:,} x "
         f"{loss // tokens // model.vocab} B = {loss:,} and a layer's backward {backward:,}",
         "start, beyond a step": "factors in fp32 and in the model's dtype, two weights, one in fp32",
+        "evaluation, beyond a step": f"{job.eval_batch} rows x {job.tokens} tokens x {model.vocab:,} logits "
+        f"= {memory.evaluation_bytes(job):,} B, less what a step has there",
         "context and fragments": f"assumed {memory.CONTEXT_BYTES / GIB:g} GiB + {memory.FRAGMENTS:.0%} of the rest",
     }
     return [f"{part} = {lines[part]} = {size:,} B" for part, size in plan.gpu.items() if size]

@@ -50,6 +50,7 @@ class Job:
     element_bytes: int = 2  # bf16
     attention: str = "auto"
     sharding: Sharding = Sharding()
+    eval_batch: int = 0  # rows of a micro-batch of held-out rows; 0: none are held out
     kept_checkpoints: int = 2
 
     @property

@@ -20,9 +20,9 @@ def gpu_parts(job: Job) -> dict[str, int]:
     parts = {**allocated_parts(job), "gathered layers": gathered_bytes(job)}
     parts["activations kept"] = kept_bytes(job)
     parts["loss or a layer's backward"] = max(loss_bytes(job), backward_bytes(job))
-    in_a_step = sum(parts[name] for name in ("gathered layers", "activations kept", "loss or a layer's backward"))
-    if (start := start_bytes(job) - in_a_step) > 0:
-        parts["start, beyond a step"] = start
+    in_a_step = parts["activations kept"] + parts["loss or a layer's backward"]
+    parts["start, beyond a step"] = max(0, start_bytes(job) - parts["gathered layers"] - in_a_step)
+    parts["evaluation, beyond a step"] = max(0, evaluation_bytes(job) - in_a_step)
     parts["context and fragments"] = CONTEXT_BYTES + int(FRAGMENTS * sum(parts.values()))
     return parts
 
@@ -110,6 +110,12 @@ def loss_bytes(job: Job) -> int:
     """Logits, if capped their tanh, and in fp32 their log-softmax, its gradient and theirs; every token supervised."""
     per_logit = job.element_bytes * (1 + job.architecture.logit_cap) + 3 * FP32
     return job.micro_tokens * job.architecture.vocab * per_logit
+
+
+def evaluation_bytes(job: Job) -> int:
+    """Of a forward pass over held-out rows: logits, the supervised ones apart, in fp32, and their log-softmax."""
+    per_logit = 2 * job.element_bytes + 2 * FP32
+    return job.eval_batch * job.tokens * job.architecture.vocab * per_logit
 
 
 def start_bytes(job: Job) -> int:

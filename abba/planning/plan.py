@@ -127,6 +127,8 @@ def _micro_batch(job: Job) -> str:
 
 def _cheaper_settings(job: Job) -> Iterator[tuple[str, Job]]:
     zero = "deepspeed.zero_optimization"
+    if job.eval_batch > 1:
+        yield "train.per_device_eval_batch_size=1", replace(job, eval_batch=1)
     if job.checkpointing == "none":
         yield "train.gradient_checkpointing=non_reentrant", replace(job, checkpointing="non_reentrant")
     if job.sharding.hpz > 1:

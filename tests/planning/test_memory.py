@@ -1,6 +1,7 @@
 """Activations by arithmetic against what autograd really saves and allocates."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from abba import AdapterConfig, inject
 from abba.planning.architecture import architecture_of
 from abba.planning.job import Job
-from abba.planning.memory import backward_bytes, kept_bytes, layer_bytes, loss_bytes
+from abba.planning.memory import backward_bytes, evaluation_bytes, kept_bytes, layer_bytes, loss_bytes
 from abba.training.loss import token_loss_sum
 from abba.training.model import enable_checkpointing
 
@@ -109,3 +110,12 @@ def test_the_most_that_a_micro_batch_holds(family, attention, mode, vocab, rank)
         token_loss_sum(logits, labels).backward()
     planned = kept_bytes(job) + max(loss_bytes(job), backward_bytes(job))
     assert planned == pytest.approx(peak.most, rel=0.06)
+
+
+def test_the_most_that_evaluation_holds():
+    model, inputs, job = build("llama", "sdpa", vocab=8192)
+    tensors = [inputs["input_ids"], inputs["attention_mask"]]
+    with torch.no_grad(), Peak([*model.parameters(), *model.buffers(), *tensors]) as peak:
+        logits = model(**inputs).logits
+        token_loss_sum(logits, inputs["input_ids"])
+    assert evaluation_bytes(replace(job, eval_batch=ROWS)) == pytest.approx(peak.most, rel=0.06)

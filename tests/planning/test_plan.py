@@ -115,6 +115,13 @@ def test_more_of_anything_needs_more():
     assert [halves[0] // part for part in halves] == [1, 2, 4, 8]
 
 
+def test_a_wide_evaluation_can_be_what_does_not_fit():
+    wanted = plan(job(micro_batch=1, eval_batch=64), Cluster(gpu_memory_gib=60))
+    assert not wanted.fits and max(wanted.gpu, key=wanted.gpu.get) == "evaluation, beyond a step"
+    assert [text for text, _ in nearest(wanted)] == ["train.per_device_eval_batch_size=1"]
+    assert plan(job(eval_batch=1), NODE).gpu == plan(job(), NODE).gpu
+
+
 def test_a_batch_or_a_group_that_cannot_be_shared_is_refused():
     with pytest.raises(RecipeError, match="32 cannot be shared by 3 GPUs in micro-batches of 4"):
         plan(job(), Cluster(gpus_per_node=3))
