@@ -98,8 +98,8 @@ def hundred_million(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_plan_of_a_hundred_million_parameters_is_what_happens(tmp_path, arguments, hundred_million, world):
-    more = [f"model.name_or_path={hundred_million}", "model.dtype=bfloat16", "train.max_steps=4"]
-    more += ["adapter.r1=16", "adapter.r2=16", "train.global_batch_size=4"]
+    more = [f"model.name_or_path={hundred_million}", "adapter.r1=16", "adapter.r2=16", "data.max_rows=16"]
+    more += ["train.max_steps=3", "train.global_batch_size=4", "data.eval_rows=0", "train.eval_steps=null"]
     found = probe(world, tmp_path / "probe", arguments(tmp_path / "run", *more))
     plan = planned(tmp_path / "plan", arguments("unused", *more), world)
     assert plan["base_parameters"] > 100_000_000
