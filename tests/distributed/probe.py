@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 import torch
 import train as program
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param
 
@@ -32,9 +33,14 @@ result = {
     "buffers": {},
     "svd": {},
     "layer_forwards": [],
+    "gathered_bytes": [],
+    "reduced_bytes": [],
+    "allocated_bytes": {},
+    "most_live_elements": 0,
 }
 gathers: Counter[str] = Counter()
 forwards: Counter[str] = Counter()
+moved: Counter[str] = Counter()
 
 
 def watch_reads() -> None:
@@ -82,13 +88,17 @@ def watch_engine() -> None:
 
 def watch_gathers(engine) -> None:
     names = {id(p): name for name, p in engine.module.named_parameters()}
+    matrices = [p for p in engine.module.parameters() if not p.requires_grad and len(p.ds_shape) > 1]
     coordinator = type(engine.optimizer.parameter_offload.get_param_coordinator())
     gather = coordinator._PartitionedParameterCoordinator__all_gather_params
 
     def counting(self, params, forward):
         params = set(params)
         gathers.update(names[id(p)] for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE)
-        return gather(self, params, forward)
+        done = gather(self, params, forward)
+        live = sum(p.ds_numel for p in matrices if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+        result["most_live_elements"] = max(result["most_live_elements"], live)
+        return done
 
     coordinator._PartitionedParameterCoordinator__all_gather_params = counting
 
@@ -97,13 +107,16 @@ def watch_gathers(engine) -> None:
     def counted(engine, *arguments):
         gathers.clear()
         forwards.clear()
+        moved.clear()
         outcome = step(engine, *arguments)
         result["layer_forwards"].append(forwards.total())
         result["gathered_factors"].append(sum(n for name, n in gathers.items() if name.endswith(FACTORS)))
         result["gathered_base"].append(sum(n for name, n in gathers.items() if not name.endswith(FACTORS)))
-        frozen = [p for p in engine.module.parameters() if not p.requires_grad and len(p.ds_shape) > 1]
-        result["resident_2d"].append(sum(p.data.numel() for p in frozen))
+        result["resident_2d"].append(sum(p.data.numel() for p in matrices))
         result["stale_factors"].append(stale_factors(engine))
+        result["gathered_bytes"].append(moved["all_gather_into_tensor"])
+        result["reduced_bytes"].append(moved["reduce_scatter_tensor"])
+        result["allocated_bytes"] = allocated(engine)
         return outcome
 
     abba.training.loop.optimizer_step = counted
@@ -120,6 +133,44 @@ def stale_factors(engine) -> int:
             fresh = torch.equal(p.data.flatten()[start:stop], master) and p.ds_secondary_tensor is None
             stale += not fresh
     return stale
+
+
+def watch_communication() -> None:
+    """Counts what a rank receives from its gathers and gives to its reductions, where DeepSpeed calls torch."""
+    gather, reduce = TorchBackend.all_gather_into_tensor, TorchBackend.reduce_scatter_tensor
+
+    def gathering(self, output_tensor, input_tensor, *arguments, **named):
+        moved["all_gather_into_tensor"] += output_tensor.nbytes
+        return gather(self, output_tensor, input_tensor, *arguments, **named)
+
+    def reducing(self, output_tensor, input_tensor, *arguments, **named):
+        moved["reduce_scatter_tensor"] += input_tensor.nbytes
+        return reduce(self, output_tensor, input_tensor, *arguments, **named)
+
+    TorchBackend.all_gather_into_tensor, TorchBackend.reduce_scatter_tensor = gathering, reducing
+
+
+def allocated(engine) -> dict[str, int]:
+    """Bytes of the storages that ZeRO-3 keeps, each counted once."""
+    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+    state = [value for of_one in optimizer.optimizer.state.values() for name, value in of_one.items() if name != "step"]
+    shared = [p for p in parameters if p.requires_grad or len(p.ds_shape) == 1]
+    seen: set[int] = set()  # the partition of a rank alone is the parameter
+
+    def size(tensors) -> int:
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+        new = storages.keys() - seen
+        seen.update(new)
+        return sum(storages[pointer] for pointer in new)
+
+    return {
+        "base shard": size(p.ds_tensor for p in parameters if not p.requires_grad),
+        "hpz second copy": size(p.ds_secondary_tensor for p in parameters if p.ds_secondary_tensor is not None),
+        "factors and norms": size([p.ds_tensor for p in parameters if p.requires_grad] + [p.data for p in shared]),
+        "gradients": size([optimizer.grad_partitions_flat_buffer]),
+        "masters and moments": size([*optimizer.fp32_partitioned_groups_flat, *state]),
+        "reduce bucket": size(bucket.buffer for bucket in optimizer.ipg_buckets.values()),
+    }
 
 
 def watch_layers() -> None:
@@ -150,6 +201,7 @@ def digest(tensor: torch.Tensor) -> str:
 if __name__ == "__main__":
     output = Path(sys.argv.pop(1))
     watch_reads()
+    watch_communication()
     watch_engine()
     watch_svd()
     watch_layers()
