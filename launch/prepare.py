@@ -20,18 +20,15 @@ from abba.training.recipe import Recipe, load_recipe
 
 def prepare_run(recipe: Recipe) -> None:
     # Imported here because it takes seconds: a mistake in the recipe is shown at once.
-    from abba.training.batches import BatchPlan, split_rows
     from abba.training.data_report import data_report
-    from abba.training.prepare import fetch, prepare
+    from abba.training.prepare import fetch, plan_batches, prepare
 
-    say, settings = partial(print, flush=True), recipe.train
+    say = partial(print, flush=True)
     fetch(recipe, say)
     _, _, data = prepare(recipe, is_main=True, say=say)
-    train_rows, _ = split_rows(len(data), recipe.data.eval_rows, settings.seed)
-    micro_batch = settings.per_device_train_batch_size
-    plan = BatchPlan(train_rows, settings.global_batch_size, micro_batch, settings.seed)
-    steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
-    print(*data_report(data, train_rows, plan, steps, micro_batch), sep="\n")
+    plan, _, steps = plan_batches(recipe, data)
+    packed = recipe.data.max_length if recipe.data.packing else None
+    print(*data_report(data, plan, steps, packed), sep="\n")
 
 
 def main() -> int:

@@ -16,9 +16,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import RECIPES
 
@@ -29,6 +30,7 @@ from abba.training.run_directory import RunDirectory
 from abba.training.watch import Watch
 
 if TYPE_CHECKING:
+    from abba.adapter.inject import InjectionReport
     from abba.training.loop import Stream
     from abba.training.resume import ResumePoint
 
@@ -44,10 +46,9 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     from abba.sharded.engine import engine_config
     from abba.sharded.process_group import start_process_group
     from abba.sharded.together import share
-    from abba.training.batches import BatchPlan, split_rows
     from abba.training.finish import finish
     from abba.training.loop import Stream
-    from abba.training.prepare import accumulation_steps, prepare
+    from abba.training.prepare import accumulation_steps, plan_batches, prepare
     from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end
 
     began, settings = time.monotonic(), recipe.train
@@ -59,10 +60,8 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
 
     # Data: tokenised by launch/prepare.py, or now by rank 0 before anyone joins; the others find the result on disk.
     base, padding, data = prepare(recipe, ranks.is_main, say)
-    train_rows, eval_rows = split_rows(len(data), recipe.data.eval_rows, settings.seed)
-    plan = BatchPlan(train_rows, settings.global_batch_size, micro_batch, settings.seed)
-    steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
-    say(f"data: {len(train_rows):,} rows to train on, {len(eval_rows):,} held out; {steps:,} steps")
+    plan, eval_rows, steps = plan_batches(recipe, data)
+    say(f"data: {len(plan.rows):,} rows to train on, {len(eval_rows):,} held out; {steps:,} steps")
 
     # Ranks: they meet; from now on each knows when another on its machine is dead.
     device = start_process_group(ranks, settings.ddp_timeout)
@@ -111,49 +110,16 @@ def fit(
     say: Say,
 ) -> None:
     """Train from step 0 or from `resumed` to `steps`; what it leaves is the checkpoints. `config` is DeepSpeed's."""
-    import torch
-
-    from abba.adapter.inject import find_targets, inject
-    from abba.base_model import DTYPES
     from abba.sharded.checkpoint import save_checkpoint
-    from abba.sharded.engine import start_engine
     from abba.training.finish import checkpoint_state
-    from abba.training.loop import assert_delta_is_zero, held_out_loss, train
+    from abba.training.loop import held_out_loss, train
     from abba.training.metrics import Reporter
-    from abba.training.model import enable_checkpointing, load_partitioned
-    from abba.training.resume import continue_random_streams, refuse_changes, starting_point
+    from abba.training.resume import continue_random_streams
     from abba.training.schedule import learning_rate
 
-    began, settings, ranks, device = time.monotonic(), recipe.train, stream.ranks, stream.device
-
-    # Base: each rank reads its own slice of every weight; no rank ever holds or sends a full copy.
-    torch.manual_seed(settings.seed + ranks.rank)  # for dropout, where a base has any
-    dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
-    model, checksum = load_partitioned(base, dtype, attention, config, device, ranks, say)
-    identity["model"]["weights"] = f"{checksum:016x}"
-    if resumed is not None:
-        refuse_changes(resumed, identity, recipe.checkpoint.allow_changed, steps, silent)
+    settings, ranks, device = recipe.train, stream.ranks, stream.device
     first = resumed.state.step if resumed else 0
-
-    # Adapter: frozen linears become AbbaLinear; factors by SVD, bit-equal at any world size, or from the checkpoint.
-    adapter = recipe.adapter.config()
-    targets = find_targets(model, adapter)
-    with starting_point(resumed, targets, adapter, settings.seed, recipe.adapter.init_from, ranks) as (factors, read):
-        report = inject(model, adapter, factors=factors)
-        say(
-            f"adapter: {len(report.replaced)} modules, r1={adapter.r1} r2={adapter.r2} scale={adapter.scale:g}; "
-            f"{report.trainable_parameters:,} parameters train, {report.frozen_parameters:,} are frozen"
-        )
-
-        # Engine: base sharded, factors replicated, gradient checkpointing, fp32 masters that no rounding has touched.
-        enable_checkpointing(model, settings.gradient_checkpointing)
-        engine = start_engine(model, config, settings.adam(), read, first)
-    del factors, read  # full fp32 copies; the engine holds its slices
-    if resumed is None and recipe.adapter.init_from is None:
-        assert_delta_is_zero(engine, stream)
-    seconds = time.monotonic() - began
-    accumulation = config["gradient_accumulation_steps"]
-    say(f"engine: {ranks.world_size} rank(s) x {accumulation} micro-batch(es) a step; ready after {seconds:.0f} s")
+    engine, stream, report = build(recipe, base, config, stream, steps, identity, resumed, say)
 
     # Loop: step, finite?, log, save?, stop asked?
     if ranks.is_main:
@@ -184,6 +150,65 @@ def fit(
             evaluate=held_out if eval_rows else None,
             eval_steps=settings.eval_steps,
         )
+
+
+def build(
+    recipe: Recipe,
+    base: Path,
+    config: dict,
+    stream: "Stream",
+    steps: int,
+    identity: dict,
+    resumed: "ResumePoint | None",
+    say: Say,
+) -> "tuple[Any, Stream, InjectionReport]":
+    """(engine at step 0 or at `resumed`, stream as this model takes it, what was injected).
+
+    `identity` learns the checksum of the weights.
+    """
+    import torch
+
+    from abba.adapter.inject import find_targets, inject
+    from abba.base_model import DTYPES
+    from abba.sharded.engine import start_engine
+    from abba.training.loop import assert_delta_is_zero
+    from abba.training.loss import return_losses
+    from abba.training.model import enable_checkpointing, load_partitioned, packed_tokens
+    from abba.training.resume import refuse_changes, starting_point
+
+    began, settings, ranks, device = time.monotonic(), recipe.train, stream.ranks, stream.device
+
+    # Base: each rank reads its own slice of every weight; no rank ever holds or sends a full copy.
+    torch.manual_seed(settings.seed + ranks.rank)  # for dropout, where a base has any
+    dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
+    model, checksum = load_partitioned(base, dtype, attention, config, device, ranks, say)
+    identity["model"]["weights"] = f"{checksum:016x}"
+    if recipe.data.packing:
+        stream = replace(stream, line_tokens=packed_tokens(model, recipe.data.max_length))
+    if resumed is not None:
+        refuse_changes(resumed, identity, recipe.checkpoint.allow_changed, steps, silent)
+    first = resumed.state.step if resumed else 0
+
+    # Adapter: frozen linears become AbbaLinear; factors by SVD, bit-equal at any world size, or from the checkpoint.
+    adapter = recipe.adapter.config()
+    targets = find_targets(model, adapter)
+    with starting_point(resumed, targets, adapter, settings.seed, recipe.adapter.init_from, ranks) as (factors, read):
+        report = inject(model, adapter, factors=factors)
+        say(
+            f"adapter: {len(report.replaced)} modules, r1={adapter.r1} r2={adapter.r2} scale={adapter.scale:g}; "
+            f"{report.trainable_parameters:,} parameters train, {report.frozen_parameters:,} are frozen"
+        )
+
+        # Engine: base sharded, factors replicated, gradient checkpointing, fp32 masters that no rounding has touched.
+        enable_checkpointing(model, settings.gradient_checkpointing)
+        say(f"loss: {return_losses(model)}")
+        engine = start_engine(model, config, settings.adam(), read, first)
+    del factors, read  # full fp32 copies; the engine holds its slices
+    if resumed is None and recipe.adapter.init_from is None:
+        assert_delta_is_zero(engine, stream)
+    seconds, accumulation = time.monotonic() - began, config["gradient_accumulation_steps"]
+    say(f"engine: {ranks.world_size} rank(s) x {accumulation} micro-batch(es) a step; ready after {seconds:.0f} s")
+    return engine, stream, report
 
 
 def silent(line: str) -> None:

@@ -1,6 +1,7 @@
 """Tokens to micro-batches, as a pure function of seed and step."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,26 +14,54 @@ from abba.training.tokens import TokenizedRows
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Shapes: B rows, T tokens of the longest. Padded on the right."""
+    """Shapes: L lines, T tokens of the longest. Padded on the right, which a causal model never looks at.
 
-    input_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T), 0 on padding
-    labels: Tensor  # (B, T), IGNORED on prompt and padding
+    Where a line holds several rows the positions start again at each: transformers reads the borders from that, for
+    its attention masks and for flash attention's lengths.
+    """
+
+    input_ids: Tensor  # (L, T)
+    position_ids: Tensor  # (L, T)
+    targets: Tensor  # (L, T): the next token of the same row where it is supervised, else IGNORED
     rows: list[int]
 
 
-def collate(data: TokenizedRows, rows: list[int], padding: int, device: torch.device) -> MicroBatch:
-    """Labels are masked by position: prompt and padding are ignored, a response's EOS never is."""
-    sequences = [data.input_ids(row) for row in rows]
-    longest = max(len(sequence) for sequence in sequences)
-    ids = torch.full((len(rows), longest), padding, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for line, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
-        ids[line, : len(sequence)] = sequence
-        mask[line, : len(sequence)] = 1
-        prompt = data.prompt_length(row)
-        labels[line, prompt : len(sequence)] = sequence[prompt:]
-    return MicroBatch(ids.to(device), mask.to(device), labels.to(device), rows)
+def collate(data: TokenizedRows, lines: list[list[int]], padding: int, device: torch.device) -> MicroBatch:
+    """`lines`: the rows of each. Prompts and padding are masked by position, a response's EOS never is."""
+    longest = max(sum(data.length(row) for row in line) for line in lines)
+    ids = torch.full((len(lines), longest), padding, dtype=torch.int64)
+    positions = torch.arange(longest).repeat(len(lines), 1)
+    targets = torch.full_like(ids, IGNORED)
+    for number, line in enumerate(lines):
+        start = 0
+        for row in line:
+            sequence = data.input_ids(row)
+            stop, prompt = start + len(sequence), data.prompt_length(row)
+            ids[number, start:stop] = sequence
+            positions[number, start:] = torch.arange(longest - start)  # of the padding too, after the last row
+            targets[number, start + prompt - 1 : stop - 1] = sequence[prompt:]
+            start = stop
+    return MicroBatch(ids.to(device), positions.to(device), targets.to(device), [row for line in lines for row in line])
+
+
+def lines_of(data: TokenizedRows, rows: list[int], most: float | None) -> list[list[int]]:
+    """`rows` on as few lines of at most `most` tokens as first-fit finds; on a line each where `most` is None.
+
+    A row that is longer than `most` has a line of its own.
+    """
+    if most is None:
+        return [[row] for row in rows]
+    lines: list[list[int]] = []
+    left: list[float] = []
+    for row in sorted(rows, key=data.length, reverse=True):
+        length = data.length(row)
+        line = next((number for number, room in enumerate(left) if room >= length), len(lines))
+        if line == len(lines):
+            lines.append([])
+            left.append(most)
+        lines[line].append(row)
+        left[line] -= length
+    return lines
 
 
 def split_rows(count: int, eval_rows: int, seed: int) -> tuple[list[int], list[int]]:
@@ -46,40 +75,55 @@ class BatchPlan:
 
     The rows of all epochs, each shuffled by (seed, epoch), form one endless order. Step s takes rows [s*G, (s+1)*G) of
     it, G = global batch size; its micro-batch j holds the j-th M consecutive ones at any world size, and rank r of N
-    computes the micro-batches r, r+N, r+2N, ...
+    computes the micro-batches r, r+N, r+2N, ...  With `length` the G rows are sorted by it first, so that rows of a
+    micro-batch are padded little; the step's loss is the same sum.
 
     Raises:
         DataError: fewer rows than one global batch.
     """
 
-    def __init__(self, rows: list[int], global_batch: int, micro_batch: int, seed: int) -> None:
+    def __init__(
+        self,
+        rows: list[int],
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        length: Callable[[int], int] | None = None,
+    ) -> None:
         if len(rows) < global_batch:
             raise DataError(
                 f"{len(rows)} training rows are left, fewer than train.global_batch_size={global_batch}; "
                 "lower it or data.eval_rows, or add rows"
             )
-        self._rows, self._global, self._micro, self._seed = rows, global_batch, micro_batch, seed
+        self.rows, self._global, self._micro, self._seed = rows, global_batch, micro_batch, seed
+        self._length = length
         self._orders: dict[int, list[int]] = {}
 
     @property
     def rows_per_step(self) -> int:
         return self._global
 
+    @property
+    def rows_per_micro_batch(self) -> int:
+        return self._micro
+
     def steps_for(self, epochs: float) -> int:
         """Steps until every row was seen `epochs` times; the last one may take rows of the next epoch."""
-        return max(1, -(-round(len(self._rows) * epochs) // self._global))
+        return max(1, -(-round(len(self.rows) * epochs) // self._global))
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data that are complete when `step` steps are done."""
-        return step * self._global / len(self._rows)
+        return step * self._global / len(self.rows)
 
     def global_rows(self, step: int) -> list[int]:
         places = range(step * self._global, (step + 1) * self._global)
-        return [self._order(place // len(self._rows))[place % len(self._rows)] for place in places]
+        return [self._order(place // len(self.rows))[place % len(self.rows)] for place in places]
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[list[int]]:
         """The row lists that `rank` computes in `step`, in order."""
         rows = self.global_rows(step)
+        if self._length is not None:
+            rows.sort(key=self._length)
         groups = [rows[start : start + self._micro] for start in range(0, self._global, self._micro)]
         return groups[rank::world_size]
 
@@ -87,6 +131,6 @@ class BatchPlan:
         if epoch not in self._orders:
             self._orders = {kept: order for kept, order in self._orders.items() if kept == epoch - 1}
             seed = int.from_bytes(hashlib.sha256(f"{self._seed}:epoch {epoch}".encode()).digest()[:7], "big")
-            order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed)).tolist()
-            self._orders[epoch] = [self._rows[place] for place in order]
+            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).tolist()
+            self._orders[epoch] = [self.rows[place] for place in order]
         return self._orders[epoch]

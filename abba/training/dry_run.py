@@ -8,9 +8,8 @@ import yaml
 
 from abba.adapter.inject import find_targets
 from abba.base_model import DTYPES, build_empty, choose_attention, find_base, load_config, load_tokenizer
-from abba.training.batches import BatchPlan, split_rows
 from abba.training.data_report import data_report
-from abba.training.prepare import accumulation_steps, row_source
+from abba.training.prepare import accumulation_steps, plan_batches, row_source
 from abba.training.recipe import Recipe
 from abba.training.tokens import TokenizedRows, prepare_tokens
 
@@ -38,13 +37,12 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
         limits = (recipe.data.max_length, recipe.data.max_bad_rows)
         prepare_tokens(row_source(recipe.data), *limits, tokenizer, tokens)
         data = TokenizedRows(tokens)
-    train_rows, _ = split_rows(len(data), recipe.data.eval_rows, settings.seed)
-    plan = BatchPlan(train_rows, settings.global_batch_size, micro, settings.seed)
-    steps = settings.max_steps or plan.steps_for(settings.num_train_epochs)
+    plan, _, steps = plan_batches(recipe, data)
 
     print(f"# batches, on {world_size} rank{'s' * (world_size > 1)}: the launcher decides, see its --num_gpus")
     print(*data.notes, sep="\n", end="\n" * bool(data.notes))
-    print(*data_report(data, train_rows, plan, steps, micro), sep="\n")
+    packed = recipe.data.max_length if recipe.data.packing else None
+    print(*data_report(data, plan, steps, packed), sep="\n")
     print(f"global batch {settings.global_batch_size} = {world_size} ranks x {micro} rows x {accumulation} times")
     print("\n# adapter")
     trainable = sum((m.in_features + m.out_features) * (adapter.r1 + adapter.r2) for m in targets.values())
@@ -52,7 +50,7 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     print(f"{len(targets)} modules, r1={adapter.r1} r2={adapter.r2}, update of rank up to {adapter.r1 * adapter.r2}")
     print(f"{trainable:,} parameters train, {total:,} are frozen (1 to {total / trainable:,.0f})")
 
-    row = train_rows[0]
+    row = plan.rows[0]
     ids, prompt = data.input_ids(row).tolist(), data.prompt_length(row)
     print(f"\n# one example: {prompt} tokens of prompt, masked; {len(ids) - prompt} tokens to learn")
     print(f"masked:  {tokenizer.decode(ids[:prompt])!r}")

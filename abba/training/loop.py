@@ -13,9 +13,8 @@ import torch.distributed as dist
 from abba.adapter.linear import bypass
 from abba.errors import CheckpointError, NotFiniteError, PreemptedError
 from abba.sharded.ranks import Ranks
-from abba.training.batches import BatchPlan, MicroBatch, collate
+from abba.training.batches import BatchPlan, MicroBatch, collate, lines_of
 from abba.training.failures import World
-from abba.training.loss import token_loss_sum
 from abba.training.metrics import Reporter, peak_memory_bytes
 from abba.training.stragglers import RankTimes, StepClock, Stragglers, host_names
 from abba.training.tokens import TokenizedRows
@@ -27,17 +26,20 @@ LAST_SAVE_PAUSE = 20  # seconds between the attempts at the last one
 
 @dataclass(frozen=True)
 class Stream:
-    """The training rows as this rank sees them: tokens, plan, and how to pad."""
+    """The training rows as this rank sees them: tokens, plan, how to pad and how many tokens to pack on a line."""
 
     data: TokenizedRows
     plan: BatchPlan
     padding: int
     ranks: Ranks
     device: torch.device
+    line_tokens: float | None = None  # None: each row on a line of its own
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        rows_of_mine = self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)
-        return [collate(self.data, rows, self.padding, self.device) for rows in rows_of_mine]
+        return [self.batch(rows) for rows in self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)]
+
+    def batch(self, rows: list[int]) -> MicroBatch:
+        return collate(self.data, lines_of(self.data, rows, self.line_tokens), self.padding, self.device)
 
 
 def train(
@@ -166,8 +168,7 @@ def optimizer_step(
     undo = len(batches) * stream.ranks.world_size / supervised
     losses = []
     for index, batch in enumerate(batches):
-        logits = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        loss = token_loss_sum(logits, batch.labels)
+        loss = engine(batch.input_ids, batch.position_ids, batch.targets)
         engine.backward(loss * undo)
         losses.append(loss.detach())  # read once per step: each read waits for the device
         if index + 1 < len(batches):
@@ -209,8 +210,8 @@ def held_out_loss(engine: Any, stream: Stream, rows: list[int], batch_size: int)
     with _in_eval_mode(engine):
         for turn in range(rounds):  # ZeRO-3 gathers weights together, so every rank runs every round
             index = turn * stream.ranks.world_size + stream.ranks.rank
-            batch = collate(stream.data, groups[min(index, len(groups) - 1)], stream.padding, stream.device)
-            loss = _batch_loss(engine, batch)
+            batch = stream.batch(groups[min(index, len(groups) - 1)])
+            loss = float(engine(batch.input_ids, batch.position_ids, batch.targets))
             loss_sum += loss if index < len(groups) else 0.0
     return float(_gather([loss_sum], stream.device).sum()) / stream.data.supervised_tokens(rows)
 
@@ -220,17 +221,12 @@ def assert_delta_is_zero(engine: Any, stream: Stream) -> None:
     """Before the first step the adapter must change nothing: the loss with and without it is the same to the bit."""
     batch = stream.micro_batches(0)[0]
     with _in_eval_mode(engine):
-        adapted = _batch_loss(engine, batch)
+        adapted = float(engine(batch.input_ids, batch.position_ids, batch.targets))
         with bypass(engine.module):
-            plain = _batch_loss(engine, batch)
+            plain = float(engine(batch.input_ids, batch.position_ids, batch.targets))
     if not math.isfinite(plain):
         raise NotFiniteError(f"the base model's own loss is {plain} on the first rows; its weights are damaged")
     assert adapted == plain, f"delta W is not zero before the first step: loss {adapted!r}, without it {plain!r}"
-
-
-def _batch_loss(engine: Any, batch: MicroBatch) -> float:
-    logits = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return float(token_loss_sum(logits, batch.labels))
 
 
 @contextmanager

@@ -1,20 +1,103 @@
 """The loss of a step: the sum of token losses over the supervised tokens of the global batch, divided by their number.
 
-Shapes: B rows, T tokens, V vocabulary, S supervised tokens.
+Shapes: L lines, T tokens of a line, S supervised tokens, C of them at a time, D hidden, V vocabulary.
 """
 
-from torch import Tensor
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 IGNORED = -100
+CHUNK = 512  # supervised tokens: with 128,256 words their fp32 logits take 263 MB
+
+# Architectures whose forward is: decoder, lm_head, and a cap on the logits where config.final_logit_softcapping is set.
+PLAIN_HEADS = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
-def token_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Sum of next-token losses in fp32 where the label is not IGNORED.
+class FrozenHeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of `hidden @ weight.T` in fp32, without holding more than CHUNK rows of logits.
 
-    Labels stand at their own token's position; the shift happens here. Only supervised positions are widened.
+    The head is frozen, so the gradient of the hidden states is all that backward needs: it is computed together with
+    the loss, chunk by chunk, and the head is read once (the idea of Liger kernel's fused linear cross-entropy).
     """
-    targets = labels_BT[:, 1:]
-    supervised = targets != IGNORED
-    logits_SV = logits_BTV[:, :-1][supervised]
-    return F.cross_entropy(logits_SV.float(), targets[supervised], reduction="sum")
+
+    @staticmethod
+    def forward(ctx, hidden_SD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_S: Tensor, cap: float | None):
+        total = torch.zeros((), dtype=torch.float32, device=hidden_SD.device)
+        dhidden_SD = torch.empty_like(hidden_SD) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden_SD), CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits_CV = F.linear(hidden_SD[rows], weight_VD, bias_V).float()
+            if cap is not None:
+                logits_CV.div_(cap).tanh_()
+                slope_CV = 1 - logits_CV.square() if dhidden_SD is not None else None
+                logits_CV.mul_(cap)
+            total += F.cross_entropy(logits_CV, targets_S[rows], reduction="sum")
+            if dhidden_SD is not None:
+                dlogits_CV = torch.softmax(logits_CV, dim=-1, out=logits_CV)
+                dlogits_CV[torch.arange(len(dlogits_CV), device=dlogits_CV.device), targets_S[rows]] -= 1
+                if cap is not None:
+                    dlogits_CV.mul_(slope_CV)
+                torch.mm(dlogits_CV.to(weight_VD.dtype), weight_VD, out=dhidden_SD[rows])
+        ctx.save_for_backward(*(() if dhidden_SD is None else (dhidden_SD,)))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtotal: Tensor):
+        (dhidden_SD,) = ctx.saved_tensors
+        return dhidden_SD * dtotal.to(dhidden_SD.dtype), None, None, None, None
+
+
+class LossHead(nn.Linear):
+    """A frozen lm_head that also gives the loss; a subclass, so that ZeRO-3's hooks gather its weight as ever."""
+
+    def forward(self, hidden_SD: Tensor, targets_S: Tensor | None = None, cap: float | None = None) -> Tensor:
+        if targets_S is None:
+            return super().forward(hidden_SD)
+        return FrozenHeadLoss.apply(hidden_SD, self.weight, self.bias, targets_S, cap)
+
+
+def token_loss_sum(logits_LTV: Tensor, targets_LT: Tensor) -> Tensor:
+    """Sum of token losses in fp32 where the target is not IGNORED; the reference for the fused one."""
+    supervised = targets_LT != IGNORED
+    return F.cross_entropy(logits_LTV[supervised].float(), targets_LT[supervised], reduction="sum")
+
+
+def return_losses(model: PreTrainedModel) -> str:
+    """From now on `model(input_ids, position_ids, targets)` is the summed loss, a scalar; says how it is computed.
+
+    Only supervised positions meet the head. A target stands at the position that predicts it; IGNORED elsewhere.
+    """
+    head = model.get_output_embeddings()
+    if model.config.model_type in PLAIN_HEADS:
+        assert type(head) is nn.Linear and not head.weight.requires_grad, "a head is never adapted"
+        head.__class__ = LossHead
+        model.forward = _fused(model, head)
+        return f"logits of {CHUNK} supervised tokens at a time"
+    model.forward = _through_logits(model.forward)
+    return f"logits of all tokens at once: {model.config.model_type}'s head is not one of {', '.join(PLAIN_HEADS)}"
+
+
+def _fused(model: PreTrainedModel, head: LossHead) -> Callable[..., Tensor]:
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    decoder = model.get_decoder()
+
+    def forward(input_ids: Tensor, position_ids: Tensor, targets: Tensor) -> Tensor:
+        hidden_LTD = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        supervised = targets != IGNORED
+        return head(hidden_LTD[supervised], targets[supervised], cap)
+
+    return forward
+
+
+def _through_logits(model_forward: Callable[..., object]) -> Callable[..., Tensor]:
+    def forward(input_ids: Tensor, position_ids: Tensor, targets: Tensor) -> Tensor:
+        logits = model_forward(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        return token_loss_sum(logits, targets)
+
+    return forward

@@ -12,6 +12,7 @@ from abba.base_model import find_base, hub_model, load_config, load_tokenizer
 from abba.errors import CheckpointError, RecipeError
 from abba.text.encode import padding_id
 from abba.text.rows import RowSource, hub_dataset
+from abba.training.batches import BatchPlan, split_rows
 from abba.training.recipe import DataSection, Recipe
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 
@@ -145,3 +146,12 @@ def _version(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
+
+
+def plan_batches(recipe: Recipe, data: TokenizedRows) -> tuple[BatchPlan, list[int], int]:
+    """(which training rows each step takes, the rows held out, the steps of the run)."""
+    settings = recipe.train
+    rows, held_out = split_rows(len(data), recipe.data.eval_rows, settings.seed)
+    length = data.length if settings.group_by_length else None
+    plan = BatchPlan(rows, settings.global_batch_size, settings.per_device_train_batch_size, settings.seed, length)
+    return plan, held_out, settings.max_steps or plan.steps_for(settings.num_train_epochs)

@@ -77,6 +77,7 @@ class DataSection(Section):
     max_rows: Positive | None = None
     max_bad_rows: Count = 0  # rows that cannot be trained on: more than this ends the run
     eval_rows: Count = 0  # held out for eval_loss, chosen by seed
+    packing: bool = False  # several rows on a line of max_length tokens; none sees another
     prepared_path: Text = "runs/prepared"  # the tokens, shared by all runs on the same data
 
 
@@ -86,6 +87,7 @@ class TrainSection(Section):
     learning_rate: Size
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Share = 0.0
+    group_by_length: bool = False  # rows of like length in a micro-batch, without change to the global batch
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     max_steps: Positive | None = None  # instead of num_train_epochs
     weight_decay: Size = 0.0
@@ -93,7 +95,7 @@ class TrainSection(Section):
     adam_beta2: Momentum = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     max_grad_norm: Size = 1.0
-    gradient_checkpointing: Literal["non_reentrant", "reentrant", "none"] = "non_reentrant"
+    gradient_checkpointing: Literal["non_reentrant", "reentrant", "selective", "none"] = "non_reentrant"
     seed: Seed = 42
     eval_steps: Positive | None = None  # None: at the end only
     per_device_eval_batch_size: Positive = 8

@@ -43,9 +43,11 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path) -> dict[str,
     config.json, and, added once it is loaded, the checksum of its weights.
     """
     model = {key: value for key, value in recipe["model"].items() if key not in ("name_or_path", "revision")}
+    data = recipe["data"]
+    packing = data["max_length"] if data["packing"] else None  # the rows of a line decide how sums are rounded
     return {
         "train": {key: value for key, value in recipe["train"].items() if key not in BYSTANDERS},
-        "data": {"tokens": tokens, "eval_rows": recipe["data"]["eval_rows"]},
+        "data": {"tokens": tokens, "eval_rows": data["eval_rows"], "packing": packing},
         "adapter": recipe["adapter"],
         "model": {**model, "config": hashlib.sha256((base / "config.json").read_bytes()).hexdigest()},
         "software": {name: importlib.metadata.version(name) for name in SOFTWARE},

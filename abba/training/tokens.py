@@ -141,7 +141,7 @@ class TokenizedRows:
         rows = {len(tensors[name]) for name in LAYOUT if name != "input_ids"}
         if len(rows) > 1 or not len(self) or self._stops[-1] != len(self._ids) or self._ids.min() < 0:
             raise CheckpointError(f"{path}: its tensors do not belong together; delete it")
-        if (self.lengths < 1).any() or (self._prompts < 0).any() or (self._prompts >= self.lengths).any():
+        if (self.lengths < 1).any() or (self._prompts < 1).any() or (self._prompts >= self.lengths).any():
             raise CheckpointError(f"{path}: has rows that end before they start; delete it")
         if (self.uncut < self.lengths).any():
             raise CheckpointError(f"{path}: has rows that are longer than they were; delete it")
@@ -173,6 +173,9 @@ class TokenizedRows:
 
     def input_ids(self, row: int) -> Tensor:
         return self._ids[self._starts[row] : self._stops[row]]
+
+    def length(self, row: int) -> int:
+        return int(self.lengths[row])
 
     def prompt_length(self, row: int) -> int:
         return int(self._prompts[row])

@@ -13,7 +13,6 @@ import abba.training.loop
 from abba.sharded.engine import local_masters
 
 step_function = abba.training.loop.optimizer_step
-loss_function = abba.training.loop.token_loss_sum
 kind = sys.argv.pop(1)
 
 
@@ -29,9 +28,12 @@ class NanGradient(torch.autograd.Function):
         return dy * float("nan")
 
 
-def poisoned(logits, labels):
-    loss = loss_function(logits, labels)
-    return loss * float("nan") if kind == "loss" else NanGradient.apply(loss)
+def poisoned(forward):
+    def poisoned_forward(*batch):
+        loss = forward(*batch)
+        return loss * float("nan") if kind == "loss" else NanGradient.apply(loss)
+
+    return poisoned_forward
 
 
 def print_masters(engine):
@@ -44,7 +46,7 @@ def watched(engine, stream, step, *arguments):
         return step_function(engine, stream, step, *arguments)
     print_masters(engine)
     if stream.ranks.rank == 1:
-        abba.training.loop.token_loss_sum = poisoned
+        engine.module.forward = poisoned(engine.module.forward)
     try:
         return step_function(engine, stream, step, *arguments)
     finally:

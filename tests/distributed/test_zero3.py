@@ -144,19 +144,28 @@ def test_rope_buffers_stay_fp32_in_bf16(runs):
     assert inverse and set(inverse.values()) == {"torch.float32"}
 
 
-@pytest.mark.parametrize("mode", ["reentrant", "none"])
-def test_gradient_checkpointing_does_not_change_a_bit(runs, mode):
+@pytest.mark.parametrize(("mode", "linears"), [("reentrant", 28), ("none", 14), ("selective", 21)])
+def test_gradient_checkpointing_does_not_change_a_bit(runs, mode, linears):
     run, found = runs(mode, 2, "model.dtype=bfloat16", f"train.gradient_checkpointing={mode}")
     checkpointed, found_there = runs("bf16", 2, "model.dtype=bfloat16")
     assert losses(run) == losses(checkpointed)
-    recomputed = 1 if mode == "none" else 2
-    assert found[0]["layer_forwards"] == [14 * 4 * recomputed] * STEPS, "7 linears of 2 layers, 4 micro-batches"
+    assert found[0]["layer_forwards"] == [linears * 4] * STEPS, "7 linears of 2 layers, 4 micro-batches"
     assert found_there[0]["layer_forwards"] == [14 * 4 * 2] * STEPS
 
 
 def test_one_micro_batch_of_eight_rows_equals_eight_of_one(runs):
     whole, _ = runs("whole", 1, "train.per_device_train_batch_size=8")
     assert losses(whole) == pytest.approx(losses(at_world(runs, 1)[0]), rel=1e-5)
+
+
+def test_packed_and_grouped_rows_give_the_same_losses(runs):
+    packed, found = runs(
+        "packed", 2, "train.per_device_train_batch_size=4", "data.packing=true", "train.group_by_length=true"
+    )
+    assert losses(packed) == pytest.approx(losses(at_world(runs, 1)[0]), rel=1e-5)
+    assert found[0]["layer_forwards"] == [14 * 2] * STEPS, "one micro-batch of four rows, computed twice"
+    expected = read_metrics(at_world(runs, 1)[0])[-1]["eval_loss"]
+    assert read_metrics(packed)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_checkpoint_holds_slices_of_masters_and_moments_and_no_base(runs):

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from abba.errors import DataError
 from abba.text.prompt import render_prompt
 from abba.text.rows import RowSource
-from abba.training.batches import BatchPlan, collate, split_rows
+from abba.training.batches import BatchPlan, collate, lines_of, split_rows
 from abba.training.loss import IGNORED, token_loss_sum
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 from tests.distributed.ranks import STORIES, TINY
@@ -73,27 +73,58 @@ def test_a_tokenizer_that_appends_eos_or_pads_with_it_changes_nothing(tmp_path, 
     assert torch.equal(plain.input_ids(0), eager.input_ids(0))
 
 
-def test_labels_cover_the_response_and_its_eos_only(tmp_path, tokenizer):
+@pytest.mark.parametrize("lines", [[[0], [1]], [[0, 1]], [[1, 0]]], ids=str)
+def test_targets_are_the_response_and_its_eos_only(tmp_path, tokenizer, lines):
     longer = {"question": "Tom?", "answer": "There are 3 and 4 and 5.\n#### 12"}
     data = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW, longer)))
-    batch = collate(data, [0, 1], tokenizer.eos_token_id, torch.device("cpu"))
-    for line in range(2):
-        length = int(batch.attention_mask[line].sum())
-        labels, prompt = batch.labels[line], data.prompt_length(line)
-        assert (labels[:prompt] == IGNORED).all() and (labels[length:] == IGNORED).all()
-        assert torch.equal(labels[prompt:length], batch.input_ids[line, prompt:length])
-        assert labels[length - 1] == tokenizer.eos_token_id, "EOS is learned although it also pads"
-    assert batch.input_ids.shape[1] == max(len(data.input_ids(0)), len(data.input_ids(1)))
-    assert int((batch.labels != IGNORED).sum()) == data.supervised_tokens([0, 1])
+    batch = collate(data, lines, tokenizer.eos_token_id, torch.device("cpu"))
+    assert sorted(batch.rows) == [0, 1]
+    for number, line in enumerate(lines):
+        start = 0
+        for row in line:
+            stop, prompt = start + data.length(row), data.prompt_length(row)
+            ids, targets = batch.input_ids[number, start:stop], batch.targets[number, start:stop]
+            assert torch.equal(ids, data.input_ids(row).long())
+            assert batch.position_ids[number, start:stop].tolist() == list(range(stop - start))
+            assert (targets[: prompt - 1] == IGNORED).all()
+            assert torch.equal(targets[prompt - 1 : -1], ids[prompt:]), "each position predicts the next token"
+            assert targets[-2] == tokenizer.eos_token_id, "EOS is learned although it also pads"
+            assert targets[-1] == IGNORED, "a row does not predict the first token of the next"
+            start = stop
+        assert (batch.targets[number, start:] == IGNORED).all()
+    assert int((batch.targets != IGNORED).sum()) == data.supervised_tokens([0, 1])
 
 
 def test_padding_does_not_change_the_loss(tmp_path, tokenizer):
     data = prepared(tmp_path, tokenizer, source(STORIES / "test.jsonl", max_rows=4))
     table = torch.nn.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)
-    rows = [collate(data, [row], 2, torch.device("cpu")) for row in range(4)]
-    together = collate(data, [0, 1, 2, 3], 2, torch.device("cpu"))
-    loss = lambda batch: float(token_loss_sum(table(batch.input_ids), batch.labels).detach())  # noqa: E731
+    rows = [collate(data, [[row]], 2, torch.device("cpu")) for row in range(4)]
+    together = collate(data, [[0], [1], [2], [3]], 2, torch.device("cpu"))
+    loss = lambda batch: float(token_loss_sum(table(batch.input_ids), batch.targets).detach())  # noqa: E731
     assert loss(together) == pytest.approx(sum(map(loss, rows)), rel=1e-5)
+
+
+def test_lines_are_packed_full_and_hold_every_row_once(tmp_path, tokenizer):
+    data = prepared(tmp_path, tokenizer, source(STORIES / "test.jsonl", max_rows=64))
+    rows = list(range(5, 60))
+    most = 3 * max(map(data.length, rows))
+    lines = lines_of(data, rows, most)
+    assert sorted(row for line in lines for row in line) == rows
+    sizes = [sum(map(data.length, line)) for line in lines]
+    assert max(sizes) <= most and len(lines) <= 1.1 * sum(sizes) / most + 1
+    assert lines_of(data, rows, data.length(rows[0]) - 1)[-1], "a row longer than a line has one of its own"
+    assert len(lines_of(data, rows, float("inf"))) == 1
+
+
+def test_rows_of_like_length_share_a_micro_batch_of_the_same_global_batch(tmp_path, tokenizer):
+    data = prepared(tmp_path, tokenizer, source(STORIES / "test.jsonl", max_rows=64))
+    plain, grouped = (BatchPlan(list(range(64)), 16, 4, 7, length) for length in (None, data.length))
+    for step in range(4):
+        micro = [rows for rank in range(2) for rows in grouped.micro_batches(step, rank, 2)]
+        assert sorted(row for rows in micro for row in rows) == sorted(plain.global_rows(step))
+        in_order = sorted(micro, key=lambda rows: list(map(data.length, rows)))
+        lengths = [data.length(row) for rows in in_order for row in rows]
+        assert lengths == sorted(lengths)
 
 
 def test_input_fields_are_appended_and_long_rows_cut_and_counted(tmp_path, tokenizer):

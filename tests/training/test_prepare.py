@@ -8,7 +8,7 @@ import torch
 
 import abba.training.prepare
 from abba.errors import CheckpointError
-from abba.training.batches import BatchPlan, collate
+from abba.training.batches import BatchPlan, collate, lines_of
 from abba.training.data_report import data_report, padding_share, percentile
 from abba.training.prepare import prepare
 from abba.training.recipe import load_recipe
@@ -115,7 +115,7 @@ def test_the_reports_numbers_are_those_of_a_dataset_made_by_hand(tmp_path):
     uncut = [10] * 10 + [20] * 8 + [90, 100]
     data = rows_of(tmp_path, uncut, [4] * 20, 50, {"answer is empty": 3})
     plan = BatchPlan(list(range(20)), 20, 20, seed=0)  # one step is the whole dataset
-    rows, lengths, tokens, padding, steps = data_report(data, list(range(20)), plan, 3, micro_batch=20)
+    rows, lengths, tokens, padding, steps = data_report(data, plan, 3, None)
     assert rows == "rows: 20 to train on, 0 held out, 3 left out, 2 cut"
     assert lengths == "tokens a row, before cutting: p50 10  p90 20  p99 100  max 100"
     assert tokens == "tokens: 360; 77.8% of them are learned from, the others are prompt"  # 100 + 160 + 100; 280 of 360
@@ -128,11 +128,13 @@ def test_the_padding_is_that_of_the_batches_which_are_trained_on(tmp_path):
     draw = random.Random(3)
     data = rows_of(tmp_path, [draw.randint(2, 40) for _ in range(30)], [1] * 30, 32)
     plan = BatchPlan(list(range(30)), 12, 3, seed=5)
-    order = [row for step in range(4) for row in plan.global_rows(step)]
     groups = [rows for step in range(4) for rows in plan.micro_batches(step, 0, 1)]
-    masks = [collate(data, rows, 0, torch.device("cpu")).attention_mask for rows in groups]
-    padding = sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    assert padding > 0.1 and padding_share(data, order, 3) == pytest.approx(padding)
+    for most in (None, 50):
+        computed = sum(
+            collate(data, lines_of(data, rows, most), 0, torch.device("cpu")).input_ids.numel() for rows in groups
+        )
+        padding = 1 - sum(data.tokens(rows) for rows in groups) / computed
+        assert padding > 0.05 and padding_share(data, groups, most) == pytest.approx(padding)
 
 
 @pytest.mark.parametrize("values", [[7], [1, 2], list(range(1, 101)), [5] * 9 + [1000]])

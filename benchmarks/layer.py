@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""One adapted linear layer, forward and backward: time, memory and saved bytes of each method, and cost against rank.
+
+python benchmarks/layer.py
+python benchmarks/layer.py --shapes 14336x4096 --tokens 512 2048 --dtypes bfloat16 --repetitions 9
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measure import RESULTS, device, in_turns, peak_bytes, ratio, saved_bytes, write
+from methods import METHODS, adapt
+from torch import nn
+
+from abba.base_model import DTYPES
+
+
+def layer(method: str, out_features: int, in_features: int, dtype: torch.dtype, rank: int) -> nn.Module:
+    torch.manual_seed(0)
+    linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype, device=device())
+    linear.weight.data.normal_(std=0.02)
+    return adapt(nn.Sequential(linear), method, ["0"], rank)
+
+
+def forward_backward(module: nn.Module, x_TI: torch.Tensor, dy_TO: torch.Tensor) -> None:
+    module(x_TI).backward(dy_TO)
+    x_TI.grad = None
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+def flop_share(out_features: int, in_features: int, rank: int) -> float:
+    """FLOP of forward and backward over those of the frozen layer, 4*O*I a token: h, y, dh, dx and two gradients."""
+    adapter = 6 * rank * rank * (out_features + in_features)
+    return 1 + adapter / (4 * out_features * in_features)
+
+
+def compare(
+    shape: tuple[int, int], tokens: int, dtype: str, ranks: list[int], repetitions: int, methods: list[str]
+) -> list[dict[str, Any]]:
+    out_features, in_features = shape
+    x_TI = torch.randn(tokens, in_features, dtype=DTYPES[dtype], device=device()).requires_grad_()
+    dy_TO = torch.randn(tokens, out_features, dtype=DTYPES[dtype], device=device())
+    build = partial(layer, out_features=out_features, in_features=in_features, dtype=DTYPES[dtype])
+    modules = {(name, 16): build(name, rank=16) for name in methods}
+    modules |= {("abba", rank): build("abba", rank=rank) for rank in ranks}
+    cases = {key: partial(forward_backward, module, x_TI, dy_TO) for key, module in modules.items()}
+    seconds = in_turns(cases, repetitions)
+    rows = []
+    for (name, rank), module in modules.items():
+        key, share = (name, rank), flop_share(out_features, in_features, rank)
+        times_frozen = ratio(seconds, key, ("frozen", 16))
+        rows.append(
+            {
+                "layer": f"{out_features}x{in_features}",
+                "tokens": tokens,
+                "dtype": dtype,
+                "method": name if name != "abba" else f"abba {rank}x{rank}",
+                "ms": 1000 * median(seconds[key]),
+                "times frozen": times_frozen,
+                "over FLOP floor": times_frozen / share if name == "abba" else "",
+                "saved MB": saved_bytes(partial(module, x_TI), module) / 1e6,
+                "peak MB": peak_bytes(cases[key]) / 1e6,
+                "seconds": seconds[key],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096"], metavar="OUTxIN")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16, 32], help="r1 = r2 of ours")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="layer")
+    arguments = parser.parse_args()
+    rows = []
+    for text in arguments.shapes:
+        out_features, in_features = map(int, text.split("x"))
+        for dtype in arguments.dtypes:
+            for tokens in arguments.tokens:
+                shape, methods = (out_features, in_features), ["frozen", *dict.fromkeys(arguments.methods)]
+                rows += compare(shape, tokens, dtype, arguments.ranks, arguments.repetitions, methods)
+    settings = {key: str(value) for key, value in arguments._get_kwargs()}
+    write(arguments.name, " ".join(["python", *sys.argv]), settings, rows, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

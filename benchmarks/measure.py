@@ -1,0 +1,136 @@
+"""What the benchmarks share: contenders in turns, medians, memory, and results as JSON with a table beside it."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "deepspeed", "peft")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> dict[str, Any]:
+    """Where it ran, on what."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    found = {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+    found |= {name: version(name) for name in PACKAGES if _installed(name)}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return found | {"commit": commit.stdout.strip()}
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except ImportError:
+        return False
+    return True
+
+
+def in_turns(cases: dict[str, Callable[[], Any]], repetitions: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every repetition of every case. A round runs each once, so that a busy machine is busy for all."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warmup + repetitions):
+        for name, case in cases.items():
+            _wait()
+            started = time.perf_counter()
+            case()
+            _wait()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
+    """Ratio of medians."""
+    return statistics.median(seconds[name]) / statistics.median(seconds[to])
+
+
+def peak_bytes(case: Callable[[], Any]) -> int:
+    """The most that `case` holds above what was held before: by the allocator on a GPU, by the process on a CPU."""
+    _wait()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case()
+        _wait()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
+    before = _status("VmRSS")
+    case()
+    return _status("VmHWM") - before
+
+
+def saved_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
+    """Bytes that autograd keeps for backward, each storage once, without the module's parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(kept.values())
+
+
+def write(name: str, command: str, settings: dict[str, Any], rows: Sequence[dict[str, Any]], directory: Path) -> None:
+    """NAME.json with everything, NAME.md with the table; printed too."""
+    directory.mkdir(parents=True, exist_ok=True)
+    record = {"command": command, "machine": machine(), "settings": settings, "rows": list(rows)}
+    (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    table = as_table([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+    text = f"`{command}`\n\n{record['machine']}\n\n{table}\n"
+    (directory / f"{name}.md").write_text(text)
+    print(text)
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,133 @@
+#!/usr/bin/env python
+"""A training step of decoder layers with the real shapes of a model: tokens/s and peak memory of each method.
+
+    python benchmarks/step.py                                       # two layers of Llama-3.1-8B, as on two cores
+    python benchmarks/step.py --layers 32 --tokens 4096 --batch 2 --modes none selective       # the model, on a GPU
+
+Random weights, no embedding and no head: what an adapter changes. The optimizer is the same AdamW for all.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measure import RESULTS, device, in_turns, peak_bytes, write
+from methods import adapt
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+from transformers.initialization import no_init_weights
+
+from abba.adapter.config import SEVEN_LINEARS
+from abba.base_model import DTYPES
+from abba.training.model import enable_checkpointing
+
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+STEP_METHODS = ("lora", "loha", "hira", "dora", "abba", "full")
+
+
+def decoder(method: str, mode: str, layers: int, dtype: torch.dtype, shape: dict[str, int]) -> nn.Module:
+    config = LlamaConfig(num_hidden_layers=layers, vocab_size=8, rope_theta=500000.0, **shape)
+    torch.manual_seed(0)
+    with no_init_weights(), torch.device(device()):
+        model = LlamaModel._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        for parameter in model.parameters():
+            parameter.data = torch.ones_like(parameter) if parameter.ndim == 1 else torch.randn_like(parameter) * 0.02
+    model.embed_tokens.requires_grad_(False)
+    model = adapt(model, method, SEVEN_LINEARS) if method != "full" else model
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    enable_checkpointing(plain, mode)
+    return model.train()
+
+
+class Step:
+    """Forward, backward and AdamW on one batch."""
+
+    def __init__(self, model: nn.Module, batch: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+        self.model = model
+        generator = torch.Generator().manual_seed(0)
+        x_BTI = torch.randn(batch, tokens, hidden, generator=generator).to(device(), dtype)
+        self.x_BTI, self.dy_BTI = x_BTI.requires_grad_(), torch.randn_like(x_BTI) * 1e-3
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        fused = {"fused": True} if x_BTI.is_cuda else {"foreach": True}
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, **fused)
+
+    def __call__(self) -> None:
+        self.model(inputs_embeds=self.x_BTI, use_cache=False).last_hidden_state.backward(self.dy_BTI)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.x_BTI.grad = None
+
+
+def counted_ratio(shape: dict[str, int], tokens: int, mode: str) -> float:
+    """Tokens/s of ours over LoRA's of r = 32, by FLOP of the seven linears and attention alone."""
+    hidden, mlp = shape["hidden_size"], shape["intermediate_size"]
+    kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    linears = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(mlp, hidden)] * 2 + [(hidden, mlp)]
+    again = {"none": 0.0, "selective": 0.5, "non_reentrant": 1.0, "reentrant": 1.0}[mode]  # forwards computed twice
+
+    def flops(rank: int) -> float:
+        base = sum((4 + 2 * again) * o * i for o, i in linears)
+        adapter = sum((6 + 2 * again) * rank * (o + i) for o, i in linears)
+        attention = (4 + 2 * again) * 2 * tokens * hidden * 0.5  # scores and values, half of them masked
+        return base + adapter + attention
+
+    return flops(32) / flops(256)
+
+
+def compare(
+    methods: list[str], mode: str, layers: int, batch: int, tokens: int, dtype: str, repetitions: int, shape: dict
+) -> list[dict[str, Any]]:
+    build = partial(decoder, mode=mode, layers=layers, dtype=DTYPES[dtype], shape=shape)
+    steps = {name: Step(build(name), batch, tokens, shape["hidden_size"], DTYPES[dtype]) for name in methods}
+    seconds = in_turns(steps, repetitions)
+    rate = {name: batch * tokens / median(seconds[name]) for name in methods}
+    rows = []
+    for name in methods:
+        row = {"checkpointing": mode, "dtype": dtype, "method": name, "tokens/s": rate[name]}
+        if "lora" in rate:
+            row |= {"over lora": rate[name] / rate["lora"]}
+        if name == "abba":
+            row |= {"counted over lora": counted_ratio(shape, tokens, mode)}
+        row |= {"peak MB": peak_bytes(steps[name]) / 1e6, "trainable": sum(p.numel() for p in steps[name].trainable)}
+        rows.append({**row, "seconds": seconds[name]})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    modes = ("none", "selective", "non_reentrant", "reentrant")
+    parser.add_argument("--modes", nargs="+", choices=modes, default=["none", "selective", "non_reentrant"])
+    parser.add_argument("--methods", nargs="+", choices=STEP_METHODS, default=["lora", "loha", "hira", "dora", "abba"])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--width", type=int, default=1, help="divide the widths by this; for a quick look")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="step")
+    arguments = parser.parse_args()
+    narrow = {key: value // arguments.width for key, value in LLAMA_8B.items() if "size" in key}
+    shape = LLAMA_8B | narrow
+    rows = []
+    for mode in arguments.modes:
+        rows += compare(
+            arguments.methods,
+            mode,
+            arguments.layers,
+            arguments.batch,
+            arguments.tokens,
+            arguments.dtype,
+            arguments.repetitions,
+            shape,
+        )
+    settings = {key: str(value) for key, value in arguments._get_kwargs()}
+    write(arguments.name, " ".join(["python", *sys.argv]), settings, rows, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
