@@ -1,0 +1,196 @@
+# shellcheck shell=bash
+# What the templates share. They source it from the repository's top directory; read `train` first, at the end.
+set -uo pipefail
+
+say() { echo "== $*"; }
+refuse() { # CODE MESSAGE
+    echo "slurm: ${*:2}" >&2
+    exit "$1"
+}
+
+# --- Settings: what each template's header explains -----------------------------------------------------------------
+
+: "${ABBA_ENV:=venv:.venv}" "${ABBA_MOUNTS:=}"
+: "${ABBA_SCRATCH:=/tmp}" "${ABBA_SCRATCH_GIB:=10}" "${ABBA_GPU_MEMORY_GIB:=80}"
+: "${ABBA_CHAIN:=yes}" "${ABBA_EVALUATE:=}"
+
+settings() {
+    # The Hub: nothing is downloaded from compute nodes; its cache has to be on storage that all nodes see.
+    export HF_HUB_OFFLINE=1 HF_HOME=${HF_HOME:-$HOME/.cache/huggingface} TOKENIZERS_PARALLELISM=false
+    # The checked-out abba is the one that runs, whether it is installed or not.
+    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+    # The network. On a node with several interfaces: NCCL_SOCKET_IFNAME=ib0 sbatch ...; more words: NCCL_DEBUG=INFO.
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+    # Where the ranks meet: a new port at each restart, because the old one may still be closing.
+    MASTER_ADDR=${ABBA_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    MASTER_PORT=${ABBA_MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000))}
+    export MASTER_ADDR MASTER_PORT
+    # sbatch's --cpus-per-task does not reach srun by itself (since SLURM 22.05).
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+}
+
+environment() { # ABBA_ENV: words that are taken in their order
+    SRUN=(srun --wait=0) INSIDE=()
+    local word value mounts="$PWD,$HF_HOME,$ABBA_SCRATCH${ABBA_MOUNTS:+,$ABBA_MOUNTS}"
+    for word in $ABBA_ENV; do
+        value=${word#*:}
+        case $word in
+            module:?*) load_module "$value" ;;
+            venv:?*) export PATH=$(realpath -m "$value")/bin:$PATH ;;
+            apptainer:?*) INSIDE=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$value") ;;
+            pyxis:?*) SRUN+=(--container-image="$value" --container-workdir="$PWD"
+                --container-mounts="$(as_pyxis_mounts "$mounts")") ;;
+            *) refuse 64 "ABBA_ENV: '$word' is none of venv:DIRECTORY, module:NAME, apptainer:IMAGE, pyxis:IMAGE" ;;
+        esac
+    done
+}
+
+load_module() {
+    set +u # not ours
+    type module > /dev/null 2>&1 || . /etc/profile
+    module load "$1" || refuse 71 "module load $1: failed on $(hostname -s); see what 'module avail' lists"
+    set -u
+}
+
+as_pyxis_mounts() { # a,b -> a:a,b:b
+    local path all=()
+    IFS=, read -ra all <<< "$1"
+    for path in "${all[@]}"; do printf '%s:%s\n' "$path" "$path"; done | paste -sd ,
+}
+
+# --- Steps: programs under srun, which the job's signals reach ------------------------------------------------------
+
+ASKED='' STEP='' INTERRUPTED=''
+
+stop_asked() { # USR1 from SLURM: the end of the time limit, or a preemption. It is passed on to the running step.
+    ASKED=yes INTERRUPTED=yes
+    [ -z "$STEP" ] || kill -USR1 "$STEP" 2> /dev/null
+}
+
+step() { # SRUN OPTIONS -- COMMAND: its exit code. In the background, because a trap has to wait for what is not.
+    local options=() code=0
+    while [ "$1" != -- ]; do options+=("$1") && shift; done
+    "${SRUN[@]}" "${options[@]}" "${INSIDE[@]}" "${@:2}" &
+    STEP=$! INTERRUPTED=yes
+    while [ -n "$INTERRUPTED" ]; do # `wait` returns early at a signal
+        INTERRUPTED='' code=0
+        wait "$STEP" || code=$?
+    done
+    STEP=''
+    return "$code"
+}
+
+on_first_node() { step --nodes=1 --ntasks=1 --ntasks-per-node=1 -- "$@"; }
+on_every_node() { step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 -- "$@"; }
+# One task per GPU: no ssh, host file or agent; exit codes and signals pass unchanged. The alternative, torchrun, turns
+# every exit code into 1 and dies of USR1, so that a job under it does not requeue itself:
+#     srun --ntasks-per-node=1 bash -c 'trap "" USR1; exec torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
+#         --nproc-per-node 8 --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" launch/train.py --recipe ...'
+on_every_gpu() { step --kill-on-bad-exit=1 -- "$@"; }
+
+# --- Before training ------------------------------------------------------------------------------------------------
+
+ranks_per_node() { # of SLURM's 8(x2); 8,4 and the like are refused
+    local said=$SLURM_TASKS_PER_NODE
+    [[ $said =~ ^([0-9]+)(\(x[0-9]+\))?$ ]] || refuse 71 "$SLURM_JOB_NODELIST: uneven nodes, with $said ranks; every" \
+        "node needs as many: give --nodes and --ntasks-per-node instead of --ntasks"
+    RANKS_PER_NODE=${BASH_REMATCH[1]}
+}
+
+make_scratch() { # node-local; one per start: a job killed while it compiles leaves a lock in TORCH_EXTENSIONS_DIR
+    local directory=$ABBA_SCRATCH/abba-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+    # shellcheck disable=SC2016  # expanded on the nodes
+    srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c 'mkdir -p -m 700 "$0" ||
+        { echo "preflight: $SLURMD_NODENAME: ABBA_SCRATCH: cannot make $0" >&2; exit 66; }' "$directory" ||
+        refuse 66 "ABBA_SCRATCH=$ABBA_SCRATCH: nothing was started; choose a directory that every node can write"
+    export TMPDIR=$directory TORCH_EXTENSIONS_DIR=$directory/extensions TRITON_CACHE_DIR=$directory/triton
+}
+
+remove_scratch() { srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 rm -rf "$TMPDIR"; }
+
+preflight() { # RECIPE OVERRIDES: everything that can be known before the GPUs are kept busy
+    local code=0
+    ranks_per_node
+    make_scratch
+    say "preflight on $SLURM_JOB_NUM_NODES node(s) of $RANKS_PER_NODE rank(s)"
+    on_every_node python slurm/preflight.py --recipe "$1" --gpus "$RANKS_PER_NODE" \
+        --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" --free-gib "$ABBA_SCRATCH_GIB" "${@:2}" || code=$?
+    [ $code = 0 ] || leave $code "the preflight refuses: see the lines that name a node; nothing was started"
+    on_first_node python launch/plan.py --recipe "$1" --nodes "$SLURM_JOB_NUM_NODES" --gpus-per-node "$RANKS_PER_NODE" \
+        --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" "${@:2}" || code=$?
+    [ $code = 0 ] || leave $code "the plan refuses; nothing was started"
+}
+
+# --- After it -------------------------------------------------------------------------------------------------------
+
+recipe_values() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE
+    local said
+    said=$(on_first_node python slurm/recipe_values.py "$@") || refuse $? "the recipe's values cannot be read"
+    { read -r RUN && read -r BASE && read -r REVISION && read -r DTYPE; } <<< "$said"
+}
+
+chain() { # the next job, once; it starts when this one has ended well and vanishes when it has not
+    [ "$ABBA_CHAIN" = yes ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || return 0
+    recipe_values "$@"
+    local next=(sbatch --parsable --dependency="afterok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes
+        --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
+        slurm/convert_evaluate.sh "$RUN")
+    # This job's own SLURM_ variables would be the next one's defaults.
+    # shellcheck disable=SC2046  # names, which hold no spaces
+    if NEXT=$(unset $(compgen -e SLURM_ | grep -vx SLURM_CONF) && "${next[@]}"); then
+        say "job $NEXT converts and scores what this one trains"
+    else
+        say "WARNING: sbatch refused the next job; after this one run: sbatch slurm/convert_evaluate.sh '$RUN'"
+    fi
+}
+
+leave() { # CODE MESSAGE
+    remove_scratch
+    say "job $SLURM_JOB_ID ends with code $1 after $((SECONDS / 3600)) h $((SECONDS / 60 % 60)) min $((SECONDS % 60)) s"
+    say "${*:2}"
+    exit "$1"
+}
+
+# Only USR1 requeues: scancel and a failing node send TERM, and what was cancelled must not come back.
+requeue_or_leave() { # CODE
+    [ -n "$ASKED" ] || leave "$1" "asked to stop by someone else than SLURM's USR1; the same sbatch command continues"
+    say "asked to stop and saved: requeued, to continue where it stands"
+    remove_scratch
+    scontrol requeue "$SLURM_JOB_ID" || leave "$1" "it cannot be requeued; the same sbatch command continues"
+    exit "$1"
+}
+
+what_next() { # CODE
+    case $1 in
+        0) echo "trained${NEXT:+; scored next by job $NEXT: squeue -j $NEXT}" ;;
+        64 | 65 | 66) echo "the message above names the recipe, data or file to mend; the same sbatch command continues" ;;
+        70) echo "not finite: see the rows that are named, or lower train.learning_rate" ;;
+        76) echo "three starts without a new checkpoint: something fails again and again; see the lines above" ;;
+        *) echo "a rank was lost; the same sbatch command continues from the newest checkpoint" ;;
+    esac
+}
+
+# --- A template -----------------------------------------------------------------------------------------------------
+
+begin() { # the template's arguments
+    if [ "${1:-}" = --help ]; then
+        sed -n 's/^# \{0,1\}//p' "$SELF" | sed '/^!/d; /^SBATCH/d; /^shellcheck/d'
+        exit 0
+    fi
+    [ -n "${SLURM_JOB_ID:-}" ] || refuse 64 "a batch job: sbatch slurm/$(basename "$SELF"); --help explains it"
+    trap stop_asked USR1
+    settings
+    environment
+    say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, $(date '+%F %T')"
+}
+
+train() { # RECIPE OVERRIDES
+    local code=0
+    preflight "$@"
+    chain "$@"
+    say "python launch/train.py --recipe $*"
+    on_every_gpu python launch/train.py --recipe "$@" || code=$?
+    [ $code != 75 ] || requeue_or_leave $code
+    leave $code "$(what_next $code)"
+}
