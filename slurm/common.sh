@@ -8,11 +8,22 @@ refuse() { # CODE MESSAGE
     exit "$1"
 }
 
-# --- Settings: what each template's header explains -----------------------------------------------------------------
+# --- Settings: --help shows these comments --------------------------------------------------------------------------
 
-: "${ABBA_ENV:=venv:.venv}" "${ABBA_MOUNTS:=}"
-: "${ABBA_SCRATCH:=/tmp}" "${ABBA_SCRATCH_GIB:=10}" "${ABBA_GPU_MEMORY_GIB:=80}"
-: "${ABBA_CHAIN:=yes}" "${ABBA_EVALUATE:=}"
+# Environment variables of every template:
+#   ABBA_ENV             words, taken in their order: "module:cuda/12.8 venv:.venv"; a conda environment is a venv here;
+#                        of an image everything comes but the repository: see slurm/abba.def       (venv:.venv)
+#   ABBA_MOUNTS          more directories that a container needs, a,b                              (none)
+#   ABBA_SCRATCH         node-local directory for what is temporary                                (/tmp)
+#   ABBA_SCRATCH_GIB     that must be free there                                                   (10)
+#   HF_HOME              the Hub's cache, on storage that all nodes see                            (~/.cache/huggingface)
+#   NCCL_SOCKET_IFNAME   the network interface, where NCCL does not find it by itself
+#   ABBA_RECIPE          for training: another recipe than the template's
+#   ABBA_GPU_MEMORY_GIB  for training: of each GPU, for the plan                                   (80)
+#   ABBA_CHAIN           for training: no, and slurm/convert_evaluate.sh does not follow           (yes)
+#   ABBA_EVALUATE        arguments of launch/evaluate.py, such as "--limit 200"                    (none)
+#   ABBA_MASTER_ADDR, ABBA_MASTER_PORT    where the ranks meet         (the first node, a port made of the job's number)
+: "${ABBA_MOUNTS:=}" "${ABBA_SCRATCH_GIB:=10}" "${ABBA_GPU_MEMORY_GIB:=80}" "${ABBA_CHAIN:=yes}" "${ABBA_EVALUATE:=}"
 
 settings() {
     # The Hub: nothing is downloaded from compute nodes; its cache has to be on storage that all nodes see.
@@ -37,7 +48,7 @@ environment() { # ABBA_ENV: words that are taken in their order
         value=${word#*:}
         case $word in
             module:?*) load_module "$value" ;;
-            venv:?*) export PATH=$(realpath -m "$value")/bin:$PATH ;;
+            venv:?*) PATH=$(realpath -m -s "$value")/bin:$PATH ;;
             apptainer:?*) INSIDE=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$value") ;;
             pyxis:?*) SRUN+=(--container-image="$value" --container-workdir="$PWD"
                 --container-mounts="$(as_pyxis_mounts "$mounts")") ;;
@@ -48,6 +59,7 @@ environment() { # ABBA_ENV: words that are taken in their order
 
 load_module() {
     set +u # not ours
+    # shellcheck disable=SC1091  # the node's
     type module > /dev/null 2>&1 || . /etc/profile
     module load "$1" || refuse 71 "module load $1: failed on $(hostname -s); see what 'module avail' lists"
     set -u
@@ -109,17 +121,21 @@ make_scratch() { # node-local; one per start: a job killed while it compiles lea
 
 remove_scratch() { srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 rm -rf "$TMPDIR"; }
 
-preflight() { # RECIPE OVERRIDES: everything that can be known before the GPUs are kept busy
+check_nodes() { # RECIPE OVERRIDES
     local code=0
     ranks_per_node
     make_scratch
     say "preflight on $SLURM_JOB_NUM_NODES node(s) of $RANKS_PER_NODE rank(s)"
     on_every_node python slurm/preflight.py --recipe "$1" --gpus "$RANKS_PER_NODE" \
         --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" --free-gib "$ABBA_SCRATCH_GIB" "${@:2}" || code=$?
-    [ $code = 0 ] || leave $code "the preflight refuses: see the lines that name a node; nothing was started"
+    [ $code = 0 ] || leave $code "preflight: see the lines above that name a node; nothing was started"
+}
+
+check_plan() { # RECIPE OVERRIDES: does it fit these GPUs?
+    local code=0
     on_first_node python launch/plan.py --recipe "$1" --nodes "$SLURM_JOB_NUM_NODES" --gpus-per-node "$RANKS_PER_NODE" \
         --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" "${@:2}" || code=$?
-    [ $code = 0 ] || leave $code "the plan refuses; nothing was started"
+    [ $code = 0 ] || leave $code "plan: see the lines above; nothing was started"
 }
 
 # --- After it -------------------------------------------------------------------------------------------------------
@@ -127,6 +143,7 @@ preflight() { # RECIPE OVERRIDES: everything that can be known before the GPUs a
 recipe_values() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE
     local said
     said=$(on_first_node python slurm/recipe_values.py "$@") || refuse $? "the recipe's values cannot be read"
+    # shellcheck disable=SC2034  # for the templates
     { read -r RUN && read -r BASE && read -r REVISION && read -r DTYPE; } <<< "$said"
 }
 
@@ -175,10 +192,11 @@ what_next() { # CODE
 
 begin() { # the template's arguments
     if [ "${1:-}" = --help ]; then
-        sed -n 's/^# \{0,1\}//p' "$SELF" | sed '/^!/d; /^SBATCH/d; /^shellcheck/d'
+        sed -n '/^#SBATCH\|^##SBATCH\|^#!/d; /^$/q; s/^# \{0,1\}//p' "$SELF"
+        sed -n '/^# Environment variables/,/^:/{ s/^# \{0,1\}//p }' slurm/common.sh
         exit 0
     fi
-    [ -n "${SLURM_JOB_ID:-}" ] || refuse 64 "a batch job: sbatch slurm/$(basename "$SELF"); --help explains it"
+    [ -n "${SLURM_JOB_ID:-}" ] || refuse 64 "this is a batch job: sbatch slurm/$(basename "$SELF"); --help explains it"
     trap stop_asked USR1
     settings
     environment
@@ -187,7 +205,8 @@ begin() { # the template's arguments
 
 train() { # RECIPE OVERRIDES
     local code=0
-    preflight "$@"
+    check_nodes "$@"
+    check_plan "$@"
     chain "$@"
     say "python launch/train.py --recipe $*"
     on_every_gpu python launch/train.py --recipe "$@" || code=$?

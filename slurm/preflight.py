@@ -3,8 +3,8 @@
 
     srun --ntasks-per-node=1 python slurm/preflight.py --recipe gsm8k --gpus 8
 
-Checked are the Python environment, the recipe's base model, the scratch directory, the GPUs, and that every node reaches
-the first one at MASTER_ADDR:MASTER_PORT.
+Checked are the Python environment, the recipe's base model, the scratch directory, the GPUs, and that every node
+reaches the first one at MASTER_ADDR:MASTER_PORT.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MEET_SECONDS = 60
 GIB = 2**30
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     def __init__(self, exit_code: int, reason: str) -> None:
         super().__init__(reason)
         self.exit_code = exit_code
@@ -53,7 +53,7 @@ def main() -> int:
     for check in checks:
         try:
             check()
-        except Refused as refused:
+        except RefusedError as refused:
             print(f"preflight: {node}: {refused}", file=sys.stderr, flush=True)
             code = code or refused.exit_code
     return code
@@ -62,7 +62,7 @@ def main() -> int:
 def check_scratch(directory: str, wanted_gib: float) -> None:
     free_gib = shutil.disk_usage(directory).free / GIB
     if free_gib < wanted_gib:
-        raise Refused(
+        raise RefusedError(
             STORAGE,
             f"no space on scratch: {free_gib:.1f} GiB are free in {directory}, {wanted_gib:g} are wanted; "
             "clear it, choose another ABBA_SCRATCH, or lower ABBA_SCRATCH_GIB",
@@ -78,7 +78,7 @@ def check_imports() -> None:
         import abba  # noqa: F401
     except Exception as error:  # a library that does not fit the node raises anything
         reason = str(error).splitlines()[0] if str(error) else ""
-        raise Refused(
+        raise RefusedError(
             ENVIRONMENT, f"{sys.executable}: {type(error).__name__}: {reason}; is ABBA_ENV the right environment?"
         ) from None
 
@@ -95,12 +95,12 @@ def check_gpus(wanted: int, memory_gib: float) -> None:
 
 
 def refuse_gpus(found_gib: list[float], wanted: int, memory_gib: float) -> None:
-    """Raises Refused when there are fewer GPUs than ranks, or one is smaller than what was planned for."""
+    """Raises RefusedError when there are fewer GPUs than ranks, or one is smaller than what was planned for."""
     if len(found_gib) < wanted:
-        raise Refused(ENVIRONMENT, f"{len(found_gib)} GPUs are seen where {wanted} ranks need one each")
+        raise RefusedError(ENVIRONMENT, f"{len(found_gib)} GPUs are seen where {wanted} ranks need one each")
     small = [f"GPU {index} has {gib:.0f} GiB" for index, gib in enumerate(found_gib) if gib < 0.9 * memory_gib]
     if small:
-        raise Refused(ENVIRONMENT, f"{', '.join(small)}; planned for {memory_gib:g}: set ABBA_GPU_MEMORY_GIB")
+        raise RefusedError(ENVIRONMENT, f"{', '.join(small)}; planned for {memory_gib:g}: set ABBA_GPU_MEMORY_GIB")
 
 
 def check_base(name: str, overrides: list[str], number: int) -> None:
@@ -113,13 +113,13 @@ def check_base(name: str, overrides: list[str], number: int) -> None:
     try:
         recipe = load_recipe(name, overrides, RECIPES)
     except AbbaError as error:  # the same on every node: the first one says it
-        raise Refused(error.exit_code, str(error) if number == 0 else "the recipe, as the first node says") from None
+        raise RefusedError(error.exit_code, str(error) if number == 0 else "the recipe, as the first node says") from None
     try:
         base = find_base(recipe.model.name_or_path, recipe.model.revision)
         if not any(base.glob("*.safetensors")):
-            raise Refused(STORAGE, f"base model: {base} holds no *.safetensors on this node")
+            raise RefusedError(STORAGE, f"base model: {base} holds no *.safetensors on this node")
     except AbbaError as error:
-        raise Refused(error.exit_code, str(error)) from None
+        raise RefusedError(error.exit_code, str(error)) from None
 
 
 class Meeting:
@@ -139,7 +139,7 @@ class Meeting:
             self._door.bind(("", self._address[1]))
         except OSError as error:
             what = f"port {self._address[1]}, where the ranks would meet: {error.strerror}"
-            raise Refused(ENVIRONMENT, f"{what}; set ABBA_MASTER_PORT to a free one") from None
+            raise RefusedError(ENVIRONMENT, f"{what}; set ABBA_MASTER_PORT to a free one") from None
         self._door.listen(self._missing)
         self._greeter.start()
 
@@ -152,7 +152,7 @@ class Meeting:
             self._door.close()
             if self._missing:
                 where = f"{self._address[0]}:{self._address[1]}"
-                raise Refused(ENVIRONMENT, f"{self._missing} other node(s) did not come to {where}; see what they say")
+                raise RefusedError(ENVIRONMENT, f"{self._missing} other node(s) did not come to {where}; see what they say")
 
     def _greet(self) -> None:
         while self._missing:
@@ -174,10 +174,10 @@ class Meeting:
             except OSError as error:
                 if time.monotonic() > deadline:
                     what = f"cannot reach the first node at {host}:{port}: {error}"
-                    raise Refused(ENVIRONMENT, f"{what}; see ABBA_MASTER_ADDR") from None
+                    raise RefusedError(ENVIRONMENT, f"{what}; see ABBA_MASTER_ADDR") from None
                 time.sleep(0.5)
         if said != self._greeting:
-            raise Refused(ENVIRONMENT, f"something else than this job answers at {host}:{port}: {said[:40]!r}")
+            raise RefusedError(ENVIRONMENT, f"something else than this job answers at {host}:{port}: {said[:40]!r}")
 
 
 if __name__ == "__main__":
