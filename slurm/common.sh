@@ -121,14 +121,16 @@ make_scratch() { # node-local; one per start: a job killed while it compiles lea
 
 remove_scratch() { srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 rm -rf "$TMPDIR"; }
 
-check_nodes() { # RECIPE OVERRIDES
-    local code=0
+check_nodes() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE, the recipe's values
+    local code=0 said
     ranks_per_node
     make_scratch
     say "preflight on $SLURM_JOB_NUM_NODES node(s) of $RANKS_PER_NODE rank(s)"
-    on_every_node python slurm/preflight.py --recipe "$1" --gpus "$RANKS_PER_NODE" \
-        --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" --free-gib "$ABBA_SCRATCH_GIB" "${@:2}" || code=$?
+    said=$(on_every_node python slurm/preflight.py --recipe "$1" --gpus "$RANKS_PER_NODE" \
+        --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" --free-gib "$ABBA_SCRATCH_GIB" "${@:2}") || code=$?
     [ $code = 0 ] || leave $code "preflight: see the lines above that name a node; nothing was started"
+    # shellcheck disable=SC2034  # the templates use them
+    { read -r RUN && read -r BASE && read -r REVISION && read -r DTYPE; } <<< "$said"
 }
 
 check_plan() { # RECIPE OVERRIDES: does it fit these GPUs?
@@ -140,16 +142,8 @@ check_plan() { # RECIPE OVERRIDES: does it fit these GPUs?
 
 # --- After it -------------------------------------------------------------------------------------------------------
 
-recipe_values() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE
-    local said
-    said=$(on_first_node python slurm/recipe_values.py "$@") || refuse $? "the recipe's values cannot be read"
-    # shellcheck disable=SC2034  # for the templates
-    { read -r RUN && read -r BASE && read -r REVISION && read -r DTYPE; } <<< "$said"
-}
-
-chain() { # the next job, once; it starts when this one has ended well and vanishes when it has not
+chain() { # after check_nodes: the next job, once; it starts when this one has ended well and vanishes when it has not
     [ "$ABBA_CHAIN" = yes ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || return 0
-    recipe_values "$@"
     local next=(sbatch --parsable --dependency="afterok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
         slurm/convert_evaluate.sh "$RUN")
@@ -207,7 +201,8 @@ train() { # RECIPE OVERRIDES
     local code=0
     check_nodes "$@"
     check_plan "$@"
-    chain "$@"
+    chain
+    [ -z "$ASKED" ] || leave 75 "asked to stop before training began; submit it again"
     say "python launch/train.py --recipe $*"
     on_every_gpu python launch/train.py --recipe "$@" || code=$?
     [ $code != 75 ] || requeue_or_leave $code

@@ -29,7 +29,6 @@ begin "$@"
 [ $# -gt 0 ] || refuse 64 "say which run: sbatch slurm/convert_evaluate.sh runs/NAME"
 run=${1%/}
 check_nodes "$run/recipe.yaml"
-recipe_values "$run/recipe.yaml"
 read -ra evaluate <<< "$ABBA_EVALUATE"
 
 then_leave() { [ "$1" = 0 ] || leave "$1" "the message above says why; the same sbatch command tries again"; }

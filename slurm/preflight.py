@@ -4,7 +4,8 @@
     srun --ntasks-per-node=1 python slurm/preflight.py --recipe gsm8k --gpus 8
 
 Checked are the Python environment, the recipe's base model, the scratch directory, the GPUs, and that every node
-reaches the first one at MASTER_ADDR:MASTER_PORT.
+reaches the first one at MASTER_ADDR:MASTER_PORT. The first node prints what a batch script needs to know of the recipe, a
+value a line: output_dir, base model, its revision, dtype.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> int:
         lambda: check_scratch(tempfile.gettempdir(), arguments.free_gib),
         check_imports,
         lambda: check_gpus(arguments.gpus, arguments.gpu_memory_gib),
-        lambda: check_base(arguments.recipe, arguments.overrides, number),
+        lambda: check_recipe(arguments.recipe, arguments.overrides, number),
         meeting.close,
     ]
     code = 0
@@ -103,7 +104,7 @@ def refuse_gpus(found_gib: list[float], wanted: int, memory_gib: float) -> None:
         raise RefusedError(ENVIRONMENT, f"{', '.join(small)}; planned for {memory_gib:g}: set ABBA_GPU_MEMORY_GIB")
 
 
-def check_base(name: str, overrides: list[str], number: int) -> None:
+def check_recipe(name: str, overrides: list[str], number: int) -> None:
     try:
         from abba.base_model import find_base
         from abba.errors import AbbaError
@@ -113,7 +114,11 @@ def check_base(name: str, overrides: list[str], number: int) -> None:
     try:
         recipe = load_recipe(name, overrides, RECIPES)
     except AbbaError as error:  # the same on every node: the first one says it
-        raise RefusedError(error.exit_code, str(error) if number == 0 else "the recipe, as the first node says") from None
+        raise RefusedError(
+            error.exit_code, str(error) if number == 0 else "the recipe, as the first node says"
+        ) from None
+    if number == 0:
+        print(recipe.output_dir, recipe.model.name_or_path, recipe.model.revision or "", recipe.model.dtype, sep="\n")
     try:
         base = find_base(recipe.model.name_or_path, recipe.model.revision)
         if not any(base.glob("*.safetensors")):
@@ -152,7 +157,9 @@ class Meeting:
             self._door.close()
             if self._missing:
                 where = f"{self._address[0]}:{self._address[1]}"
-                raise RefusedError(ENVIRONMENT, f"{self._missing} other node(s) did not come to {where}; see what they say")
+                raise RefusedError(
+                    ENVIRONMENT, f"{self._missing} other node(s) did not come to {where}; see what they say"
+                )
 
     def _greet(self) -> None:
         while self._missing:
