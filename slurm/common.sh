@@ -16,7 +16,7 @@ refuse() { # CODE MESSAGE
 #   ABBA_MOUNTS          more directories that a container needs, a,b                              (none)
 #   ABBA_SCRATCH         node-local directory for what is temporary                                (/tmp)
 #   ABBA_SCRATCH_GIB     that must be free there                                                   (10)
-#   HF_HOME              the Hub's cache, on storage that all nodes see                            (~/.cache/huggingface)
+#   HF_HOME              the Hub's cache, on storage that all nodes see                       (~/.cache/huggingface)
 #   NCCL_SOCKET_IFNAME   the network interface, where NCCL does not find it by itself
 #   ABBA_RECIPE          for training: another recipe than the template's
 #   ABBA_GPU_MEMORY_GIB  for training: of each GPU, for the plan                                   (80)
@@ -97,8 +97,8 @@ on_first_node() { step --nodes=1 --ntasks=1 --ntasks-per-node=1 -- "$@"; }
 on_every_node() { step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 -- "$@"; }
 # One task per GPU: no ssh, host file or agent; exit codes and signals pass unchanged. The alternative, torchrun, turns
 # every exit code into 1 and dies of USR1, so that a job under it does not requeue itself:
-#     srun --ntasks-per-node=1 bash -c 'trap "" USR1; exec torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
-#         --nproc-per-node 8 --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" launch/train.py --recipe ...'
+#     srun --ntasks-per-node=1 bash -c 'trap "" USR1; exec torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
+#         --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" launch/train.py ...'
 on_every_gpu() { step --kill-on-bad-exit=1 -- "$@"; }
 
 # --- Before training ------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ requeue_or_leave() { # CODE
 what_next() { # CODE
     case $1 in
         0) echo "trained${NEXT:+; scored next by job $NEXT: squeue -j $NEXT}" ;;
-        64 | 65 | 66) echo "the message above names the recipe, data or file to mend; the same sbatch command continues" ;;
+        64 | 65 | 66) echo "mend what the message above names; the same sbatch command continues" ;;
         70) echo "not finite: see the rows that are named, or lower train.learning_rate" ;;
         76) echo "three starts without a new checkpoint: something fails again and again; see the lines above" ;;
         *) echo "a rank was lost; the same sbatch command continues from the newest checkpoint" ;;

@@ -12,7 +12,7 @@
 #SBATCH --output=%x-%j.out
 ##SBATCH --account=YOUR_ACCOUNT
 ##SBATCH --partition=YOUR_PARTITION
-# A run's newest checkpoint as a LoRA that vLLM serves, in RUN-lora, and its score, in RUN-score: one process on one node.
+# A finished run as a LoRA that vLLM serves, in RUN-lora, and its score, in RUN-score: one process on one node.
 #
 #     sbatch slurm/convert_evaluate.sh runs/gsm8k
 #     sbatch slurm/convert_evaluate.sh runs/gsm8k --limit 200        # arguments of launch/evaluate.py
@@ -36,6 +36,6 @@ then_leave() { [ "$1" = 0 ] || leave "$1" "the message above says why; the same 
 on_first_node python launch/convert.py "$run" "$run-lora" --format lora --verify --force
 then_leave $?
 on_first_node python launch/evaluate.py --model "$BASE" ${REVISION:+--revision "$REVISION"} --dtype "$DTYPE" \
-    --adapter "$run-lora" --task gsm8k --output "$run-score" "${evaluate[@]}" "${@:2}"
+    --adapter "$run/adapter" --task gsm8k --output "$run-score" "${evaluate[@]}" "${@:2}"
 then_leave $?
-leave 0 "the adapter is $run-lora, its score $run-score/scores.json"
+leave 0 "the LoRA is $run-lora, the score $run-score/scores.json"
