@@ -203,7 +203,7 @@ train() { # RECIPE OVERRIDES
     check_plan "$@"
     chain
     [ -z "$ASKED" ] || leave 75 "asked to stop before training began; submit it again"
-    say "python launch/train.py --recipe $*"
+    say "python launch/train.py --recipe ${*@Q}"
     on_every_gpu python launch/train.py --recipe "$@" || code=$?
     [ $code != 75 ] || requeue_or_leave $code
     leave $code "$(what_next $code)"

@@ -18,7 +18,8 @@
 #     sbatch slurm/convert_evaluate.sh runs/gsm8k --limit 200        # arguments of launch/evaluate.py
 #
 # Edit: account and partition above, where your cluster asks for them; as many GPUs as the model needs; the two lines
-# below. sbatch's options and the environment win: ABBA_SCRATCH=/local sbatch --account=mine slurm/convert_evaluate.sh
+# below. sbatch's options and the environment win:
+#     ABBA_SCRATCH=/local sbatch --account=me slurm/convert_evaluate.sh
 : "${ABBA_ENV:=venv:.venv}"    # what python runs in: venv:DIRECTORY, module:NAME, apptainer:IMAGE, pyxis:IMAGE
 : "${ABBA_SCRATCH:=/tmp}"      # a node-local directory for what is temporary
 

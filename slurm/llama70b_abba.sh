@@ -19,7 +19,8 @@
 #     sbatch slurm/llama70b_abba.sh train.learning_rate=5e-4 output_dir="runs/my run"    # overrides of the recipe
 #
 # Edit: account and partition above, where your cluster asks for them; nodes, GPUs (a task for each) and CPUs; the
-# two lines below. sbatch's options and the environment win: ABBA_SCRATCH=/local sbatch --account=mine slurm/llama70b_abba.sh
+# two lines below. sbatch's options and the environment win:
+#     ABBA_SCRATCH=/local sbatch --account=me slurm/llama70b_abba.sh
 : "${ABBA_ENV:=venv:.venv}"    # what python runs in: venv:DIRECTORY, module:NAME, apptainer:IMAGE, pyxis:IMAGE
 : "${ABBA_SCRATCH:=/tmp}"      # a node-local directory for what is temporary
 

@@ -4,8 +4,8 @@
     srun --ntasks-per-node=1 python slurm/preflight.py --recipe gsm8k --gpus 8
 
 Checked are the Python environment, the recipe's base model, the scratch directory, the GPUs, and that every node
-reaches the first one at MASTER_ADDR:MASTER_PORT. The first node prints what a batch script needs to know of the recipe, a
-value a line: output_dir, base model, its revision, dtype.
+reaches the first one at MASTER_ADDR:MASTER_PORT. The first node prints what a batch script needs to know of the recipe,
+a value a line: output_dir, base model, its revision, dtype.
 """
 
 import argparse

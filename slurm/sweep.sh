@@ -21,7 +21,8 @@
 #     grep exact_match runs/sweep/*-score/scores.json                                      # compares them
 #
 # Edit: account and partition above, where your cluster asks for them; nodes, GPUs (a task for each) and CPUs; the
-# two lines below. sbatch's options and the environment win: ABBA_SCRATCH=/local sbatch --account=mine slurm/sweep.sh
+# two lines below. sbatch's options and the environment win:
+#     ABBA_SCRATCH=/local sbatch --account=me slurm/sweep.sh
 : "${ABBA_ENV:=venv:.venv}"    # what python runs in: venv:DIRECTORY, module:NAME, apptainer:IMAGE, pyxis:IMAGE
 : "${ABBA_SCRATCH:=/tmp}"      # a node-local directory for what is temporary
 : "${ABBA_RATES:=3e-4 5e-4 1e-3 2e-3}"    # as many as the array has elements

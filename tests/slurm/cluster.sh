@@ -2,10 +2,11 @@
 # A real SLURM cluster on one machine, to be thrown away: munged, slurmctld and two slurmd with eight fake GPUs each.
 #     cluster.sh up | down DIRECTORY      needs root; up writes DIRECTORY/etc/slurm.conf, which SLURM_CONF has to name
 #     cluster.sh install                  slurm-wlm, munge and iproute2, where root and apt are there
-# Where the kernel allows it each node has its own address and host name (network and UTS namespaces); else all share the
-# machine's and have a port each, which works in a container too.
+# Where the kernel allows it each node has its own address and host name (network and UTS namespaces); else all share
+# the machine's and have a port each, which works in a container too.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
+PACKAGES=(slurm-wlm munge iproute2)
 NODES=(node1 node2) GPUS=8 BRIDGE=abbaslurm0 NET=10.213.78 MODE=ports MARK='# abba test cluster'
 
 die() { echo "cluster.sh: $*" >&2; exit 1; }
@@ -14,16 +15,16 @@ install() {
     command -v slurmctld > /dev/null && command -v munged > /dev/null && return
     if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
         echo "cluster.sh: no SLURM here, and without root and apt none can be installed: its tests are skipped"
-    elif ! { apt-get -qq update && apt-get -qq install -y --no-install-recommends slurm-wlm munge iproute2; } > /dev/null; then
+    elif ! { apt-get -qq update && apt-get -qq install -y --no-install-recommends "${PACKAGES[@]}"; } > /dev/null; then
         echo "cluster.sh: no SLURM here, and apt cannot install it: its tests are skipped"
     fi
 }
 
 choose_mode() { # try what netns mode needs: veth pairs, a bridge, UTS namespaces
     command -v ip > /dev/null && unshare --uts true 2> /dev/null && ip netns add abba-try 2> /dev/null || return 0
-    if ip link add abbatry0 type veth peer name abbatry1 2> /dev/null && ip link add abbatrybr type bridge 2> /dev/null; then
+    if ip link add abbatry0 type veth peer name abbatry1 && ip link add abbatrybr type bridge; then
         MODE=netns
-    fi
+    fi 2> /dev/null
     ip link del abbatry0 2> /dev/null || true
     ip link del abbatrybr 2> /dev/null || true
     ip netns del abba-try
