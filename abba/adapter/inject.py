@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -34,20 +34,9 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Linear
             output head, or already has an adapter.
     """
     head = _output_head(model)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    wanted = config.target_modules
-    if wanted == "all-linear":
-        chosen = [name for name, module in linears.items() if module is not head]
-    else:
-        chosen = _matching([name for name, _ in model.named_modules() if name], wanted, sorted(_last_parts(linears)))
-    if config.layer_range is not None:
-        first, stop = config.layer_range
-        chosen = [name for name in chosen if (index := layer_index(name)) is not None and first <= index < stop]
-    if not chosen:
-        raise RecipeError(
-            f"adapter.target_modules: {wanted!r} with layer_range {config.layer_range} matches no module; "
-            f"the model's linear layers end in {', '.join(sorted(_last_parts(linears)))}"
-        )
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head_name = next((name for name in linears if model.get_submodule(name) is head), None)
+    chosen = choose_names([name for name, _ in model.named_modules() if name], linears, head_name, config)
     targets = {}
     for name in chosen:
         module = model.get_submodule(name)
@@ -60,6 +49,28 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Linear
         check_ranks(name, (module.out_features, module.in_features), config.r1, config.r2)
         targets[name] = module
     return targets
+
+
+def choose_names(modules: Sequence[str], linears: Sequence[str], head: str | None, config: AdapterConfig) -> list[str]:
+    """The names among `modules` that `config` means, in their order; `linears` and `head` are among them.
+
+    Raises:
+        RecipeError: nothing matches, or one of the listed suffixes matches nothing.
+    """
+    wanted = config.target_modules
+    if wanted == "all-linear":
+        chosen = [name for name in linears if name != head]
+    else:
+        chosen = _matching(modules, wanted, sorted(_last_parts(linears)))
+    if config.layer_range is not None:
+        first, stop = config.layer_range
+        chosen = [name for name in chosen if (index := layer_index(name)) is not None and first <= index < stop]
+    if not chosen:
+        raise RecipeError(
+            f"adapter.target_modules: {wanted!r} with layer_range {config.layer_range} matches no module; "
+            f"the model's linear layers end in {', '.join(sorted(_last_parts(linears)))}"
+        )
+    return chosen
 
 
 def inject(
@@ -122,11 +133,11 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return find() if find is not None else None
 
 
-def _last_parts(names) -> set[str]:
+def _last_parts(names: Iterable[str]) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name in names}
 
 
-def _matching(names: list[str], wanted: tuple[str, ...] | str, known: list[str]) -> list[str]:
+def _matching(names: Sequence[str], wanted: tuple[str, ...] | str, known: list[str]) -> list[str]:
     """PEFT's rules: a string is a regular expression for the whole name, a list holds suffixes of it."""
     if isinstance(wanted, str):
         try:

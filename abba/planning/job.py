@@ -1,0 +1,108 @@
+"""What is planned: a recipe's values and the cluster they would run on. GiB are 2**30 bytes, Gbit 1e9 bits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from abba.adapter.config import AdapterConfig
+from abba.errors import RecipeError
+from abba.planning.architecture import Architecture, Parameter, factors
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs and the links between them; a GPU is a rank."""
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu_memory_gib: float = 80.0
+    intra_node_gbps: float = 3600.0  # of a GPU, in one direction: NVLink of H100, 450 GB/s
+    inter_node_gbps: float = 400.0  # of a node, in one direction, all its adapters together
+    gpu_tflops: float = 989.0  # dense bf16: H100 SXM
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What a recipe's `deepspeed.zero_optimization` decides; the defaults are DeepSpeed's, but for reduce_bucket."""
+
+    hpz: int = 1  # ranks that share a second copy of the base; 1: there is none
+    offload: bool = False  # the base's shard lies in host memory
+    prefetch: int = 50_000_000  # elements gathered ahead of use, at a time
+    max_live: int = 1_000_000_000  # elements gathered beyond which nothing is prefetched
+    reduce_bucket: int = 5_000_000  # elements of gradients reduced at a time
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe as far as it decides memory, traffic and time, on `gpus` ranks."""
+
+    architecture: Architecture
+    adapter: AdapterConfig
+    gpus: int
+    global_batch: int
+    micro_batch: int
+    tokens: int  # of a row, all counted as full
+    checkpointing: str = "non_reentrant"  # or reentrant, or none
+    element_bytes: int = 2  # bf16
+    attention: str = "auto"
+    sharding: Sharding = Sharding()
+    kept_checkpoints: int = 2
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a rank in a step.
+
+        Raises:
+            RecipeError: the global batch cannot be shared out evenly.
+        """
+        whole, rest = divmod(self.global_batch, self.micro_batch * self.gpus)
+        if rest or not whole:
+            raise RecipeError(
+                f"train.global_batch_size: {self.global_batch} cannot be shared by {self.gpus} GPUs in micro-batches "
+                f"of {self.micro_batch}; make it a multiple of {self.micro_batch * self.gpus}"
+            )
+        return whole
+
+    @property
+    def micro_tokens(self) -> int:
+        return self.micro_batch * self.tokens
+
+    @property
+    def step_tokens(self) -> int:
+        return self.global_batch * self.tokens
+
+    @cached_property
+    def targets(self) -> Mapping[str, tuple[int, int]]:
+        return self.architecture.targets(self.adapter)
+
+    @cached_property
+    def base(self) -> list[Parameter]:
+        return list(self.architecture.base())
+
+    @cached_property
+    def factors(self) -> list[Parameter]:
+        return factors(self.targets, self.adapter.r1, self.adapter.r2)
+
+    @property
+    def base_parameters(self) -> int:
+        return sum(p.numel for p in self.base)
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(p.numel for p in self.factors)
+
+    def part(self, numel: int) -> int:
+        """Elements of a rank's partition of a parameter, which is padded on its own to a multiple of the ranks."""
+        return -(-numel // self.gpus)
+
+    def shard(self, parameters: list[Parameter]) -> int:
+        """Elements of a rank's partitions."""
+        return sum(self.part(p.numel) for p in parameters)
+
+    def gathered(self, *numels: int) -> int:
+        """Elements of these parameters gathered whole, with their padding."""
+        return sum(self.part(numel) for numel in numels) * self.gpus

@@ -1,0 +1,199 @@
+#!/usr/bin/env python
+"""What a recipe needs on a cluster, and whether it fits: memory, traffic, time. No weights, no GPU, no ranks.
+
+    python launch/plan.py --recipe gsm8k.yaml
+    python launch/plan.py --recipe llama70b_gsm8k.yaml --nodes 2 train.per_device_train_batch_size=1 --explain
+    python launch/plan.py --recipe gsm8k.yaml model.name_or_path=Qwen/Qwen2.5-32B --gpus-per-node 4 --gpu-memory-gib 48
+
+Exit code 0: it fits. 64: it does not; one line says by how much, and the nearest settings that do.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import RECIPES, positive
+
+from abba.errors import AbbaError, RecipeError, exit_with
+
+# Rows that were counted; of a local file of lines they are counted each time.
+KNOWN_ROWS = {("openai/gsm8k", "main", "train"): 7_473}
+
+
+def positive_number(text: str) -> float:
+    """An argument that is a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, help="a YAML file, or a name in recipes/ with or without .yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, such as train.max_steps=60")
+    parser.add_argument("--nodes", type=positive, default=1, help="default 1")
+    parser.add_argument("--gpus-per-node", type=positive, default=8, help="default 8")
+    parser.add_argument("--gpu-memory-gib", type=positive_number, default=80.0, help="of a GPU, GiB; default 80")
+    parser.add_argument(
+        "--intra-node-gbps",
+        type=positive_number,
+        default=3600.0,
+        help="of a GPU to the others of its node, in one direction, Gbit/s; default 3600: NVLink of H100, 450 GB/s",
+    )
+    parser.add_argument(
+        "--inter-node-gbps",
+        type=positive_number,
+        default=400.0,
+        help="of a node to the others, in one direction, all its adapters together, Gbit/s; default 400",
+    )
+    parser.add_argument(
+        "--gpu-tflops", type=positive_number, default=989.0, help="dense bf16, TFLOP/s; default 989: H100 SXM"
+    )
+    parser.add_argument("--rows", type=positive, help="training rows of an epoch, where they are not counted here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--explain", action="store_true", help="print the formulas with the numbers put in")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        return run(arguments)
+    except AbbaError as error:
+        return exit_with(error)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from abba.planning.job import Cluster
+    from abba.planning.plan import nearest, plan
+    from abba.planning.report import as_dict, refusal, table
+    from abba.training.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides, RECIPES)
+    cluster = Cluster(
+        arguments.nodes,
+        arguments.gpus_per_node,
+        arguments.gpu_memory_gib,
+        arguments.intra_node_gbps,
+        arguments.inter_node_gbps,
+        arguments.gpu_tflops,
+    )
+    planned = plan(job_of(recipe, cluster.gpus), cluster)
+    rows = arguments.rows or rows_of(recipe)
+    steps = steps_of(recipe, rows)
+    others = [] if planned.fits else nearest(planned)
+    if arguments.json:
+        print(json.dumps(as_dict(planned, others, rows, steps), indent=2))
+    elif planned.fits or arguments.explain:
+        print(table(planned, recipe.model.name_or_path, rows, steps))
+    if not planned.fits:
+        raise RecipeError(refusal(planned, others))
+    return 0
+
+
+def job_of(recipe: Any, gpus: int) -> Any:
+    """The recipe's values as the planner takes them."""
+    from abba.planning.architecture import architecture_of
+    from abba.planning.job import Job
+
+    name = recipe.model.name_or_path
+    return Job(
+        architecture_of(model_config(name, recipe.model.revision), name),
+        recipe.adapter.config(),
+        gpus,
+        recipe.train.global_batch_size,
+        recipe.train.per_device_train_batch_size,
+        recipe.data.max_length,
+        recipe.train.gradient_checkpointing,
+        {"bfloat16": 2, "float32": 4}[recipe.model.dtype],
+        recipe.model.attn_implementation,
+        sharding_of(recipe.deepspeed.get("zero_optimization", {})),
+        recipe.checkpoint.save_total_limit,
+    )
+
+
+def sharding_of(zero: dict[str, Any]) -> Any:
+    """What `deepspeed.zero_optimization` decides; DeepSpeed takes the limits under two names."""
+    from abba.planning.job import Sharding
+
+    names = {
+        "hpz": ("zero_hpz_partition_size",),
+        "prefetch": ("stage3_prefetch_bucket_size", "prefetch_bucket_size"),
+        "max_live": ("stage3_max_live_parameters", "max_live_parameters"),
+        "reduce_bucket": ("reduce_bucket_size",),
+    }
+    given = {field: zero[key] for field, keys in names.items() for key in keys if key in zero}
+    for field, value in given.items():
+        if type(value) not in (int, float) or value != int(value) or value < 0:
+            raise RecipeError(f"deepspeed.zero_optimization.{names[field][0]}: {value!r} is not a whole number")
+    offload = zero.get("offload_param") or {}
+    device = offload.get("device", "none") if isinstance(offload, dict) else offload
+    if device not in ("none", "cpu"):
+        raise RecipeError(f"deepspeed.zero_optimization.offload_param: {device!r} cannot be planned; cpu can")
+    sizes = {field: int(value) for field, value in given.items()}
+    return Sharding(**{**sizes, "hpz": max(1, sizes.get("hpz", 1)), "offload": device == "cpu"})
+
+
+def model_config(name: str, revision: str | None) -> dict[str, Any]:
+    """config.json of a model directory or of the Hub cache; the shapes we know where there is neither.
+
+    Raises:
+        CheckpointError: a file is there and cannot be used.
+        RecipeError: nothing is there, and the name is not one we know.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    from abba.base_config import check_config
+    from abba.planning.known_models import KNOWN, known_config
+    from abba.storage import is_there
+
+    if is_there(Path(name)):
+        return check_config(Path(name))
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        cached = None
+    if isinstance(cached, str):
+        return check_config(Path(cached).parent)
+    if config := known_config(name):
+        return config
+    raise RecipeError(
+        f"model.name_or_path: {name!r} is neither a directory (seen from {Path.cwd()}) nor in the Hub cache, and its "
+        f"shapes are not known; fetch its config.json first: hf download {name} config.json; "
+        f"known are {', '.join(KNOWN)}"
+    )
+
+
+def rows_of(recipe: Any) -> int | None:
+    """Training rows, where they can be known without reading the dataset: a file of lines, or one counted before."""
+    data = recipe.data
+    rows = KNOWN_ROWS.get((data.path, data.name, data.split))
+    if data.path.endswith(".jsonl") and Path(data.path).is_file():
+        with open(data.path, "rb") as file:
+            rows = sum(bool(line.strip()) for line in file)
+    if rows is None:
+        return None
+    return max(1, min(rows, data.max_rows or rows) - data.eval_rows)
+
+
+def steps_of(recipe: Any, rows: int | None) -> int | None:
+    """Optimizer steps of the run, if the rows are known."""
+    from abba.training.batches import BatchPlan
+
+    train = recipe.train
+    if train.max_steps or rows is None:
+        return train.max_steps
+    plan = BatchPlan(list(range(rows)), train.global_batch_size, train.per_device_train_batch_size, train.seed)
+    return plan.steps_for(train.num_train_epochs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
