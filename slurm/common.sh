@@ -24,10 +24,12 @@ refuse() { # CODE MESSAGE
 #   ABBA_EVALUATE        arguments of launch/evaluate.py, such as "--limit 200"                    (none)
 #   ABBA_MASTER_ADDR, ABBA_MASTER_PORT    where the ranks meet         (the first node, a port made of the job's number)
 : "${ABBA_MOUNTS:=}" "${ABBA_SCRATCH_GIB:=10}" "${ABBA_GPU_MEMORY_GIB:=80}" "${ABBA_CHAIN:=yes}" "${ABBA_EVALUATE:=}"
+export ABBA_ENV ABBA_MOUNTS ABBA_SCRATCH ABBA_SCRATCH_GIB ABBA_EVALUATE # to the next job too
+export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
 
 settings() {
     # The Hub: nothing is downloaded from compute nodes; its cache has to be on storage that all nodes see.
-    export HF_HUB_OFFLINE=1 HF_HOME=${HF_HOME:-$HOME/.cache/huggingface} TOKENIZERS_PARALLELISM=false
+    export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     # The checked-out abba is the one that runs, whether it is installed or not.
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     # The network. On a node with several interfaces: NCCL_SOCKET_IFNAME=ib0 sbatch ...; more words: NCCL_DEBUG=INFO.
@@ -48,7 +50,10 @@ environment() { # ABBA_ENV: words that are taken in their order
         value=${word#*:}
         case $word in
             module:?*) load_module "$value" ;;
-            venv:?*) PATH=$(realpath -m -s "$value")/bin:$PATH ;;
+            venv:?*)
+                PATH=$(realpath -m -s "$value")/bin:$PATH
+                [ -x "${PATH%%:*}/python" ] || refuse 71 "ABBA_ENV: ${PATH%%:*} holds no python on $SLURMD_NODENAME"
+                ;;
             apptainer:?*) INSIDE=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$value") ;;
             pyxis:?*) SRUN+=(--container-image="$value" --container-workdir="$PWD"
                 --container-mounts="$(as_pyxis_mounts "$mounts")") ;;
@@ -103,11 +108,11 @@ on_every_gpu() { step --kill-on-bad-exit=1 -- "$@"; }
 
 # --- Before training ------------------------------------------------------------------------------------------------
 
-ranks_per_node() { # of SLURM's 8(x2); 8,4 and the like are refused
-    local said=$SLURM_TASKS_PER_NODE
-    [[ $said =~ ^([0-9]+)(\(x[0-9]+\))?$ ]] || refuse 71 "$SLURM_JOB_NODELIST: uneven nodes, with $said ranks; every" \
-        "node needs as many: give --nodes and --ntasks-per-node instead of --ntasks"
-    RANKS_PER_NODE=${BASH_REMATCH[1]}
+ranks_per_node() { # of 8(x2), as SLURM writes it; 8,4 is refused
+    RANKS_PER_NODE=${SLURM_TASKS_PER_NODE%%[!0-9]*}
+    [[ $SLURM_TASKS_PER_NODE != *,* && $SLURM_NTASKS = $((RANKS_PER_NODE * SLURM_JOB_NUM_NODES)) ]] ||
+        refuse 71 "uneven nodes: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, $SLURM_TASKS_PER_NODE; every node needs as" \
+            "many: give --nodes and --ntasks-per-node, not --ntasks"
 }
 
 make_scratch() { # node-local; one per start: a job killed while it compiles leaves a lock in TORCH_EXTENSIONS_DIR
@@ -165,7 +170,7 @@ leave() { # CODE MESSAGE
 
 # Only USR1 requeues: scancel and a failing node send TERM, and what was cancelled must not come back.
 requeue_or_leave() { # CODE
-    [ -n "$ASKED" ] || leave "$1" "asked to stop by someone else than SLURM's USR1; the same sbatch command continues"
+    [ -n "$ASKED" ] || leave "$1" "stopped, but not by SLURM's USR1: see above; the same sbatch command continues"
     say "asked to stop and saved: requeued, to continue where it stands"
     remove_scratch
     scontrol requeue "$SLURM_JOB_ID" || leave "$1" "it cannot be requeued; the same sbatch command continues"

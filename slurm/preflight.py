@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One task on every node of a job, before training: each thing that would end it later is a line that names the node.
+"""One task on every node of a job, before training: what would end it later is a line that names the node.
 
     srun --ntasks-per-node=1 python slurm/preflight.py --recipe gsm8k --gpus 8
 
@@ -14,9 +14,7 @@ import shutil
 import socket
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -41,23 +39,17 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     node, number = os.environ.get("SLURMD_NODENAME", socket.gethostname()), int(os.environ.get("SLURM_NODEID", 0))
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    meeting = Meeting(address, number, int(os.environ.get("SLURM_NNODES", 1)), os.environ.get("SLURM_JOB_ID", ""))
-    checks: list[Callable[[], None]] = [
-        meeting.open,  # before the slow imports, so that nobody waits for a node that is importing
-        lambda: check_scratch(tempfile.gettempdir(), arguments.free_gib),
-        check_imports,
-        lambda: check_gpus(arguments.gpus, arguments.gpu_memory_gib),
-        lambda: check_recipe(arguments.recipe, arguments.overrides, number),
-        meeting.close,
-    ]
-    code = 0
-    for check in checks:
-        try:
-            check()
-        except RefusedError as refused:
-            print(f"preflight: {node}: {refused}", file=sys.stderr, flush=True)
-            code = code or refused.exit_code
-    return code
+    nodes, job = int(os.environ.get("SLURM_NNODES", 1)), os.environ.get("SLURM_JOB_ID", "")
+    try:
+        meet(address, number, nodes, job)
+        check_scratch(tempfile.gettempdir(), arguments.free_gib)
+        check_environment()
+        check_gpus(arguments.gpus, arguments.gpu_memory_gib)
+        check_recipe(arguments.recipe, arguments.overrides, number)
+    except RefusedError as refused:
+        print(f"preflight: {node}: {refused}", file=sys.stderr, flush=True)
+        return refused.exit_code
+    return 0
 
 
 def check_scratch(directory: str, wanted_gib: float) -> None:
@@ -70,7 +62,7 @@ def check_scratch(directory: str, wanted_gib: float) -> None:
         )
 
 
-def check_imports() -> None:
+def check_environment() -> None:
     try:
         import deepspeed  # noqa: F401
         import torch  # noqa: F401
@@ -87,10 +79,8 @@ def check_imports() -> None:
 def check_gpus(wanted: int, memory_gib: float) -> None:
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return  # ranks on CPUs, as asked
-    try:
-        import torch
-    except ImportError:
-        return  # said already
+    import torch
+
     found = [torch.cuda.get_device_properties(index).total_memory / GIB for index in range(torch.cuda.device_count())]
     refuse_gpus(found, wanted, memory_gib)
 
@@ -105,12 +95,10 @@ def refuse_gpus(found_gib: list[float], wanted: int, memory_gib: float) -> None:
 
 
 def check_recipe(name: str, overrides: list[str], number: int) -> None:
-    try:
-        from abba.base_model import find_base
-        from abba.errors import AbbaError
-        from abba.training.recipe import load_recipe
-    except ImportError:
-        return  # said already
+    from abba.base_model import find_base
+    from abba.errors import AbbaError
+    from abba.training.recipe import load_recipe
+
     try:
         recipe = load_recipe(name, overrides, RECIPES)
     except AbbaError as error:  # the same on every node: the first one says it
@@ -127,64 +115,52 @@ def check_recipe(name: str, overrides: list[str], number: int) -> None:
         raise RefusedError(error.exit_code, str(error)) from None
 
 
-class Meeting:
-    """Every node shakes hands with the first one where the ranks will meet, and so learns whether they can."""
+def meet(address: tuple[str, int], number: int, nodes: int, job: str) -> None:
+    """Every node shakes hands with the first one where the ranks will meet."""
+    greeting = f"abba preflight of job {job}\n".encode()
+    if number == 0:
+        receive(address, nodes - 1, greeting)
+    else:
+        visit(address, greeting)
 
-    def __init__(self, address: tuple[str, int], number: int, nodes: int, job: str) -> None:
-        self._address, self._is_host, self._missing = address, number == 0, nodes - 1
-        self._greeting = f"abba preflight of job {job}\n".encode()
-        self._greeter = threading.Thread(target=self._greet, daemon=True)
 
-    def open(self) -> None:
-        """The first node listens from now on."""
-        if not self._is_host:
-            return
-        self._door = socket.socket()
+def receive(address: tuple[str, int], guests: int, greeting: bytes) -> None:
+    host, port = address
+    deadline = time.monotonic() + MEET_SECONDS
+    with socket.socket() as door:
         try:
-            self._door.bind(("", self._address[1]))
+            door.bind(("", port))
         except OSError as error:
-            what = f"port {self._address[1]}, where the ranks would meet: {error.strerror}"
+            what = f"port {port}, where the ranks would meet: {error.strerror}"
             raise RefusedError(ENVIRONMENT, f"{what}; set ABBA_MASTER_PORT to a free one") from None
-        self._door.listen(self._missing)
-        self._greeter.start()
-
-    def close(self) -> None:
-        """The first node waits until all others have come; they come."""
-        if not self._is_host:
-            self._come()
-        elif self._greeter.ident is not None:
-            self._greeter.join(MEET_SECONDS)
-            self._door.close()
-            if self._missing:
-                where = f"{self._address[0]}:{self._address[1]}"
-                raise RefusedError(
-                    ENVIRONMENT, f"{self._missing} other node(s) did not come to {where}; see what they say"
-                )
-
-    def _greet(self) -> None:
-        while self._missing:
-            guest, _ = self._door.accept()
-            with guest:
-                guest.settimeout(MEET_SECONDS)
-                guest.sendall(self._greeting)
-                guest.recv(1)  # until the guest closes: who closes first keeps the port busy for a minute
-            self._missing -= 1
-
-    def _come(self) -> None:
-        host, port = self._address
-        deadline = time.monotonic() + MEET_SECONDS
-        while True:
+        door.listen(guests)
+        for came in range(guests):
+            door.settimeout(max(0.1, deadline - time.monotonic()))
             try:
-                with socket.create_connection(self._address, timeout=5) as door:
-                    said = door.makefile("rb").readline()
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    what = f"cannot reach the first node at {host}:{port}: {error}"
-                    raise RefusedError(ENVIRONMENT, f"{what}; see ABBA_MASTER_ADDR") from None
-                time.sleep(0.5)
-        if said != self._greeting:
-            raise RefusedError(ENVIRONMENT, f"something else than this job answers at {host}:{port}: {said[:40]!r}")
+                guest, _ = door.accept()
+                with guest:
+                    guest.sendall(greeting)
+                    guest.recv(1)  # until the guest closes: who closes first keeps the port busy for a minute
+            except OSError:
+                what = f"{guests - came} other node(s) did not come to {host}:{port}"
+                raise RefusedError(ENVIRONMENT, f"{what} within {MEET_SECONDS} s; see what they say") from None
+
+
+def visit(address: tuple[str, int], greeting: bytes) -> None:
+    host, port = address
+    deadline = time.monotonic() + MEET_SECONDS
+    while True:
+        try:
+            with socket.create_connection(address, timeout=5) as door:
+                said = door.makefile("rb").readline()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                what = f"cannot reach the first node at {host}:{port}: {error}"
+                raise RefusedError(ENVIRONMENT, f"{what}; see ABBA_MASTER_ADDR") from None
+            time.sleep(0.5)
+    if said != greeting:
+        raise RefusedError(ENVIRONMENT, f"something else than this job answers at {host}:{port}: {said[:40]!r}")
 
 
 if __name__ == "__main__":

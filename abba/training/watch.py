@@ -80,6 +80,8 @@ class Watch:
     def _asked(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if self._grace is None:
+            if failures := self._world.announced():  # the launcher ends all because of it
+                self._end(_as_error(failures[0]))
             what = f"{number.name} outside the training steps; start the same command again to continue"
             self._end(PreemptedError(what), announce=True)
         elif not self.requested:

@@ -42,6 +42,6 @@ def jobs(cluster, tmp_path_factory):
 def reference(jobs):
     """The job that nobody disturbs: (job, run directory), and the job that it chains after itself."""
     # What a shell or a batch system could take apart has to arrive as it is.
-    run = jobs.root / "it's a \"reference\"; $HOME *"
+    run = jobs.root / 'it\'s a "reference"; $HOME *'
     job = jobs.train(run, ABBA_CHAIN="yes")
     return jobs.wait(job), run
