@@ -111,8 +111,8 @@ on_every_gpu() { step --kill-on-bad-exit=1 -- "$@"; }
 ranks_per_node() { # of 8(x2), as SLURM writes it; 8,4 is refused
     RANKS_PER_NODE=${SLURM_TASKS_PER_NODE%%[!0-9]*}
     [[ $SLURM_TASKS_PER_NODE != *,* && $SLURM_NTASKS = $((RANKS_PER_NODE * SLURM_JOB_NUM_NODES)) ]] ||
-        refuse 71 "uneven nodes: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, $SLURM_TASKS_PER_NODE; every node needs as" \
-            "many: give --nodes and --ntasks-per-node, not --ntasks"
+        refuse 71 "uneven nodes: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST; every node needs as many:" \
+            "give --nodes and --ntasks-per-node, not --ntasks"
 }
 
 make_scratch() { # node-local; one per start: a job killed while it compiles leaves a lock in TORCH_EXTENSIONS_DIR

@@ -8,7 +8,7 @@ from abba.errors import RankLostError
 # Launcher -> its variables for rank, ranks in all, rank on this node, ranks on this node.
 LAUNCHERS = {
     "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
     "mpirun": (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
@@ -49,7 +49,7 @@ def ranks_from_environment() -> Ranks:
             continue
         try:
             local_rank = int(os.environ.get(names[2], 0))
-            local_size = _ranks_of_a_node(names[3], os.environ.get(names[3], size or "1"))
+            local_size = int(os.environ.get(names[3], size or 1))
             ranks = Ranks(int(rank), int(size), local_rank, min(local_size, int(size)), launcher, job)
         except (TypeError, ValueError):
             raise RankLostError(f"{names[0]}={rank!r} and {names[1]}={size!r}: both must be whole numbers") from None
@@ -57,10 +57,3 @@ def ranks_from_environment() -> Ranks:
             raise RankLostError(f"{names[0]}={rank} is not below {names[1]}={size}; check the launcher's arguments")
         return ranks
     return Ranks(job=job)
-
-
-def _ranks_of_a_node(name: str, said: str) -> int:
-    """Of 4, or of SLURM's 4(x2): two nodes of four."""
-    if "," in said:
-        raise RankLostError(f"{name}={said}: nodes of unequal size; give --nodes and --ntasks-per-node, not --ntasks")
-    return int(said.partition("(x")[0])
