@@ -1,4 +1,4 @@
-"""One SLURM cluster for all tests of this directory, which `make test-slurm` runs; make test leaves them out."""
+"""One SLURM cluster for all tests of this directory, run by `make test-slurm`; make test leaves out what needs it."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
+        if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slurm)
 
 
