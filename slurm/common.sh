@@ -45,6 +45,7 @@ settings() {
 
 environment() { # ABBA_ENV: words that are taken in their order
     SRUN=(srun --wait=0) INSIDE=()
+    [[ $ABBA_CHAIN = yes || $ABBA_CHAIN = no ]] || refuse 64 "ABBA_CHAIN=$ABBA_CHAIN is neither yes nor no"
     local word value mounts="$PWD,$HF_HOME,$ABBA_SCRATCH${ABBA_MOUNTS:+,$ABBA_MOUNTS}"
     for word in $ABBA_ENV; do
         value=${word#*:}
@@ -87,9 +88,11 @@ stop_asked() { # USR1 from SLURM: the end of the time limit, or a preemption. It
 
 step() { # SRUN OPTIONS -- COMMAND: its exit code. In the background, because a trap has to wait for what is not.
     local options=() code=0
+    [ -z "$ASKED" ] || leave 75 "asked to stop before training began; the same sbatch command starts again"
     while [ "$1" != -- ]; do options+=("$1") && shift; done
     "${SRUN[@]}" "${options[@]}" "${INSIDE[@]}" "${@:2}" &
     STEP=$! INTERRUPTED=yes
+    [ -z "$ASKED" ] || kill -USR1 "$STEP" # it came just now
     while [ -n "$INTERRUPTED" ]; do # `wait` returns early at a signal
         INTERRUPTED='' code=0
         wait "$STEP" || code=$?
@@ -148,7 +151,7 @@ check_plan() { # RECIPE OVERRIDES: does it fit these GPUs?
 # --- After it -------------------------------------------------------------------------------------------------------
 
 chain() { # after check_nodes: the next job, once; it starts when this one has ended well and vanishes when it has not
-    [ "$ABBA_CHAIN" = yes ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || return 0
+    if [ "$ABBA_CHAIN" = no ] || [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then return; fi
     local next=(sbatch --parsable --dependency="afterok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
         slurm/convert_evaluate.sh "$RUN")
@@ -207,7 +210,6 @@ train() { # RECIPE OVERRIDES
     check_nodes "$@"
     check_plan "$@"
     chain
-    [ -z "$ASKED" ] || leave 75 "asked to stop before training began; submit it again"
     say "python launch/train.py --recipe ${*@Q}"
     on_every_gpu python launch/train.py --recipe "$@" || code=$?
     [ $code != 75 ] || requeue_or_leave $code

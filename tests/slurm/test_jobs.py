@@ -112,6 +112,7 @@ BAD = {
         {"ABBA_MASTER_ADDR": "192.0.2.1"}, [], 71,
         r"preflight: node2: cannot reach the first node at 192.0.2.1:\d+: .*; see ABBA_MASTER_ADDR",
     ),
+    "chain": ({"ABBA_CHAIN": "maybe"}, [], 64, "ABBA_CHAIN=maybe is neither yes nor no"),
     "environment": ({"ABBA_ENV": "docker:image"}, [], 64, r"ABBA_ENV: 'docker:image' is none of venv:"),
 }  # fmt: skip
 
@@ -144,7 +145,7 @@ def test_a_port_in_use(jobs, cluster):
 def test_uneven_nodes(jobs):
     options = ["--nodes=2", "--ntasks=3", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
     job = jobs.train(jobs.root / "uneven", options=options)
-    refused(jobs, job, 71, r"uneven nodes: 3 ranks on node\[1-2\], ")
+    refused(jobs, job, 71, r"uneven nodes: 3 ranks on node\[1-2\];")
 
 
 def test_what_sbatch_refuses_is_passed_through(jobs):
