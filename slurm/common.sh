@@ -171,9 +171,13 @@ leave() { # CODE MESSAGE
     exit "$1"
 }
 
-# Only USR1 requeues: scancel and a failing node send TERM, and what was cancelled must not come back.
+preempted() { # for a job of a higher partition; SLURM's own requeue would come later, and not to a job that has ended
+    scontrol -o show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+}
+
+# Only these two requeue: scancel sends TERM as well, and what was cancelled must not come back.
 requeue_or_leave() { # CODE
-    [ -n "$ASKED" ] || leave "$1" "stopped, but not by SLURM's USR1: see above; the same sbatch command continues"
+    [ -n "$ASKED" ] || preempted || leave "$1" "stopped by neither the time limit nor a preemption; the same sbatch command continues"
     say "asked to stop and saved: requeued, to continue where it stands"
     remove_scratch
     scontrol requeue "$SLURM_JOB_ID" || leave "$1" "it cannot be requeued; the same sbatch command continues"

@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.timeout(3600))  # jobs on a busy machine; each wait has its own limit
 
 
 @pytest.fixture(scope="session")

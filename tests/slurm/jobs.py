@@ -23,6 +23,9 @@ SHAPE = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-ta
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "BOOT_FAIL", "OUT_OF_MEMORY"}
 
 
+PATIENCE = 900  # seconds; a start takes 30 on two idle cores
+
+
 class Jobs:
     """What is submitted, and what can be done to it."""
 
@@ -72,13 +75,13 @@ class Jobs:
     def log(self, job: str) -> str:
         return "".join(path.read_text() for path in self.root.glob(f"*-{job}.out"))
 
-    def until(self, happened: Callable[[], bool], job: str, what: str, seconds: float = 240) -> None:
+    def until(self, happened: Callable[[], bool], job: str, what: str, seconds: float = PATIENCE) -> None:
         deadline = time.monotonic() + seconds
         while not happened():
             assert time.monotonic() < deadline, f"{what} has not happened: {self.show(job)}\n{self.log(job)}"
             time.sleep(0.2)
 
-    def wait(self, job: str, seconds: float = 300) -> str:
+    def wait(self, job: str, seconds: float = PATIENCE) -> str:
         """Wait for a job's end and that of its processes on every node; its state."""
         self.until(lambda: self.show(job).get("JobState") in ENDED, job, "the end", seconds)
         self.until(lambda: not left_running(job), job, "the end of its processes", 30)

@@ -6,13 +6,12 @@ A trial costs a minute or two, so make test-slurm has one; with ABBA_TRIALS=100 
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from tests.faults.harness import TRIALS, beyond_make_test, chance
 from tests.slurm.jobs import SHAPE, STEPS, outcome
-
-pytestmark = pytest.mark.timeout(1200)
 
 
 def told_by_usr1(jobs, job, run):
@@ -30,6 +29,19 @@ def requeued_by_hand(jobs, job, run):
 def preempted(jobs, job, run):
     urgent = jobs.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1")
     assert jobs.wait(urgent) == "COMPLETED"
+
+
+def preempted_without_usr1(jobs, job, run):
+    """As on a cluster whose administrator has not set preempt_send_user_signal: TERM, for the steps."""
+    config = Path(jobs.environment["SLURM_CONF"])
+    before = config.read_text()
+    try:
+        config.write_text(before.replace("SlurmctldParameters=preempt_send_user_signal\n", ""))
+        jobs.control("scontrol", "reconfigure")
+        preempted(jobs, job, run)
+    finally:
+        config.write_text(before)
+        jobs.control("scontrol", "reconfigure")
 
 
 def node_down(jobs, job, run):
@@ -50,6 +62,7 @@ WAYS = {
     "USR1": [told_by_usr1],
     "three USR1 in a row": [told_by_usr1] * 3,
     "preempted by another partition": [preempted],
+    "preempted without USR1": [preempted_without_usr1],
     "scontrol requeue": [requeued_by_hand],
     "node set down": [node_down],
     "USR1 to every process": [told_when_every_process_gets_usr1],
