@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -93,9 +92,7 @@ class Jobs:
     def until_step(self, job: str, run: Path, step: int) -> None:
         def reached() -> bool:
             assert self.show(job)["JobState"] not in ENDED, self.log(job)
-            metrics = run / "metrics.jsonl"
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
-            return any(json.loads(line)["step"] >= step for line in lines[-3:] if line.endswith("}"))
+            return last_step(run) >= step
 
         self.until(reached, job, f"step {step}")
 
@@ -131,5 +128,8 @@ def outcome(run: Path) -> tuple[int, str, list[tuple[int, str]]]:
     return state.step, digest.hexdigest(), [(line["step"], line["loss"].hex()) for line in records if "loss" in line]
 
 
-def quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+def last_step(run: Path) -> int:
+    """Of those in the metrics; 0 before the first. The last line may be only half written."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
