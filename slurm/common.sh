@@ -119,10 +119,13 @@ ranks_per_node() { # of 8(x2), as SLURM writes it; 8,4 is refused
 }
 
 make_scratch() { # node-local; one per start: a job killed while it compiles leaves a lock in TORCH_EXTENSIONS_DIR
-    local directory=$ABBA_SCRATCH/abba-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+    local job=$ABBA_SCRATCH/abba-$SLURM_JOB_ID start=${SLURM_RESTART_COUNT:-0} directory
+    directory=$job-$start
     # shellcheck disable=SC2016  # expanded on the nodes
-    srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c 'mkdir -p -m 700 "$0" ||
-        { echo "preflight: $SLURMD_NODENAME: ABBA_SCRATCH: cannot make $0" >&2; exit 66; }' "$directory" ||
+    srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
+        for ((earlier = 0; earlier < $1; earlier++)); do rm -rf "$0-$earlier"; done
+        mkdir -p -m 700 "$0-$1" ||
+            { echo "preflight: $SLURMD_NODENAME: ABBA_SCRATCH: cannot make $0-$1" >&2; exit 66; }' "$job" "$start" ||
         refuse 66 "ABBA_SCRATCH=$ABBA_SCRATCH: nothing was started; choose a directory that every node can write"
     export TMPDIR=$directory TORCH_EXTENSIONS_DIR=$directory/extensions TRITON_CACHE_DIR=$directory/triton
 }

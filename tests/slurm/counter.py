@@ -14,7 +14,7 @@ from pathlib import Path
 STEPS = 60  # of 0.1 s
 program, arguments = sys.argv[1], sys.argv[2:]
 rank = int(os.environ["SLURM_PROCID"])
-run = Path(next(word for word in arguments if word.startswith("output_dir=")).partition("=")[2])
+run = Path(next((word.partition("=")[2] for word in arguments if word.startswith("output_dir=")), "none"))
 
 if program == "slurm/preflight.py" and rank == 0:
     print(run, "base", "", "bfloat16", sep="\n")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -83,8 +84,25 @@ class Jobs:
     def wait(self, job: str, seconds: float = PATIENCE) -> str:
         """Wait for a job's end and that of its processes on every node; its state."""
         self.until(lambda: self.show(job).get("JobState") in ENDED, job, "the end", seconds)
-        self.until(lambda: not left_running(job), job, "the end of its processes", 30)
+        self.until(lambda: not self.processes(job), job, "the end of its processes", 30)
         return self.show(job)["JobState"]
+
+    def processes(self, job: str, **variables: str) -> dict[int, str]:
+        """Pid -> command line of a job's processes on any node, for all nodes are this machine."""
+        conf = self.environment["SLURM_CONF"]
+        wanted = {f"{name}={value}" for name, value in {"SLURM_JOB_ID": job, "SLURM_CONF": conf, **variables}.items()}
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if wanted <= set((process / "environ").read_bytes().decode(errors="replace").split("\0")):
+                    found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+            except OSError:  # ended meanwhile
+                continue
+        return found
+
+    def kill_rank(self, job: str, rank: int) -> None:
+        processes = self.processes(job, SLURM_PROCID=str(rank)).items()
+        os.kill(next(pid for pid, command in processes if "launch/train.py --recipe" in command), signal.SIGKILL)
 
     def exit_code(self, job: str) -> int:
         return int(self.show(job)["ExitCode"].partition(":")[0])
@@ -102,18 +120,6 @@ class Jobs:
             return int(now["Restarts"]) >= times and now["JobState"] == "RUNNING"
 
         self.until(restarted, job, f"restart {times}")
-
-
-def left_running(job: str) -> list[str]:
-    """Command lines of processes of a job, on any node: all nodes are this machine."""
-    wanted, found = f"SLURM_JOB_ID={job}".encode(), []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (process / "environ").read_bytes().split(b"\0"):
-                found.append((process / "cmdline").read_text().replace("\0", " "))
-        except OSError:  # ended meanwhile
-            continue
-    return found
 
 
 def outcome(run: Path) -> tuple[int, str, list[tuple[int, str]]]:

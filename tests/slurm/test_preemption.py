@@ -51,7 +51,7 @@ def test_nothing_is_requeued_that_did_not_save(jobs):
     run = jobs.root / "killed"
     job = jobs.train(run, "train.max_steps=2000", options=[*SHAPE, "--signal=B:USR1@10"])
     jobs.until_step(job, run, 1)
-    jobs.control("scancel", "--signal=KILL", job)  # the ranks, not the batch script
+    jobs.kill_rank(job, 1)
     assert jobs.wait(job) == "FAILED"
     assert jobs.exit_code(job) == 137 and jobs.show(job)["Restarts"] == "0", jobs.log(job)
     assert "ends with code 137" in jobs.log(job)
