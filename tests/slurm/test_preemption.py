@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from tests.faults.harness import TRIALS, beyond_make_test, chance
-from tests.slurm.jobs import SHAPE, STEPS, last_step, outcome
+from tests.slurm.jobs import STEPS, last_step, outcome
 from tests.slurm.ways import WAYS
 
 HOW_MANY = 1 if TRIALS < 10 else max(len(WAYS), TRIALS // 5)
@@ -46,10 +46,9 @@ def test_scancel_is_not_revived(jobs):
 
 
 @beyond_make_test
-def test_nothing_is_requeued_that_did_not_save(jobs):
-    """Killed ranks end a job that SLURM has asked to stop, too: a job that fails must not come back for ever."""
+def test_a_killed_rank_ends_all_others_and_the_job(jobs):
     run = jobs.root / "killed"
-    job = jobs.train(run, "train.max_steps=2000", options=[*SHAPE, "--signal=B:USR1@10"])
+    job = jobs.train(run, "train.max_steps=2000")
     jobs.until_step(job, run, 1)
     jobs.kill_rank(job, 1)
     assert jobs.wait(job) == "FAILED"
