@@ -83,6 +83,7 @@ ASKED='' STEP='' INTERRUPTED=''
 
 stop_asked() { # USR1 from SLURM: the end of the time limit, or a preemption. It is passed on to the running step.
     ASKED=yes INTERRUPTED=yes
+    say "USR1 from SLURM: the ranks are asked to save"
     [ -z "$STEP" ] || kill -USR1 "$STEP" 2> /dev/null
 }
 
@@ -191,6 +192,7 @@ what_next() { # CODE
     case $1 in
         0) echo "trained${NEXT:+; scored next by job $NEXT: squeue -j $NEXT}" ;;
         64 | 65 | 66) echo "mend what the message above names; the same sbatch command continues" ;;
+        1) echo "see the traceback above; the same sbatch command continues from the newest checkpoint" ;;
         70) echo "not finite: see the rows that are named, or lower train.learning_rate" ;;
         76) echo "three starts without a new checkpoint: something fails again and again; see the lines above" ;;
         *) echo "a rank was lost; the same sbatch command continues from the newest checkpoint" ;;

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def cluster():
 def jobs(cluster, tmp_path_factory):
     """The templates, submitted as they are from the repository's top directory; what they leave lies in `jobs.root`."""
     return Jobs(cluster, ROOT, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="session")
+def counter(tmp_path_factory):
+    """The variables of a job whose python is counter.py."""
+    python = tmp_path_factory.mktemp("counter") / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {ROOT}/tests/slurm/counter.py "$@"\n')
+    python.chmod(0o755)
+    return {"ABBA_ENV": f"venv:{python.parent.parent}"}
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ if program != "launch/train.py":
 asked = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda *_: asked.append(1))
-run.mkdir(exist_ok=True)
+run.mkdir(parents=True, exist_ok=True)
 if rank == 0:
     print("continuing" if (run / "metrics.jsonl").exists() else "from the start", flush=True)
     with (run / "metrics.jsonl").open("a+") as metrics:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -100,9 +99,9 @@ class Jobs:
                 continue
         return found
 
-    def kill_rank(self, job: str, rank: int) -> None:
+    def signal_rank(self, job: str, rank: int, number: int) -> None:
         processes = self.processes(job, SLURM_PROCID=str(rank)).items()
-        os.kill(next(pid for pid, command in processes if "launch/train.py --recipe" in command), signal.SIGKILL)
+        os.kill(next(pid for pid, command in processes if "launch/train.py --recipe" in command), number)
 
     def exit_code(self, job: str) -> int:
         return int(self.show(job)["ExitCode"].partition(":")[0])

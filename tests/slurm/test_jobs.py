@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.slurm.jobs import SHAPE, SMALL, STEPS, outcome
+from tests.slurm.jobs import SHAPE, STEPS, outcome
 from tests.warm import ROOT
 
 TEMPLATES = ["llama8b_abba", "llama70b_abba", "convert_evaluate", "sweep"]
@@ -49,20 +49,19 @@ def test_a_failed_run_takes_the_next_job_with_it(jobs):
     assert jobs.log(following) == ""
 
 
-def test_array_elements_train_at_their_own_rate(jobs):
+def test_array_elements_train_at_their_own_rate(jobs, counter):
     options = [*SHAPE, "--nodes=1", "--array=0-1"]
-    small = [*SMALL, "train.max_steps=1"]
-    variables = {"ABBA_RATES": "1e-3 2e-3", "ABBA_SWEEP": str(jobs.root / "a sweep"), "ABBA_CHAIN": "no"}
-    job = jobs.submit(*options, "slurm/sweep.sh", *small, **variables)
-    for element, rate in enumerate([1e-3, 2e-3]):
-        assert jobs.wait(f"{job}_{element}") == "COMPLETED", [p.read_text() for p in jobs.root.glob("sweep-*.out")]
-        metrics = jobs.root / "a sweep" / ("1e-3", "2e-3")[element] / "metrics.jsonl"
-        assert json.loads(metrics.read_text().splitlines()[0])["learning_rate"] == rate
-    other = jobs.submit(*options, "--array=0-2", "slurm/sweep.sh", *small, **variables)
+    variables = {"ABBA_RATES": "1e-3 2e-3", "ABBA_SWEEP": str(jobs.root / "a sweep"), "ABBA_CHAIN": "no", **counter}
+    job = jobs.submit(*options, "slurm/sweep.sh", "train.seed=7", **variables)
+    for element, rate in enumerate(["1e-3", "2e-3"]):
+        log = jobs.root / f"sweep-{jobs.show(f'{job}_{element}')['JobId']}.out"
+        assert jobs.wait(f"{job}_{element}") == "COMPLETED", log.read_text()
+        given = f"'quickstart' 'train.learning_rate={rate}' 'output_dir={jobs.root}/a sweep/{rate}' 'train.seed=7'"
+        assert f"launch/train.py --recipe {given}" in log.read_text()
+    other = jobs.submit(*options, "--array=0-2", "slurm/sweep.sh", **variables)
     assert jobs.wait(f"{other}_0") == "FAILED"
-    assert "ABBA_RATES has 2 rates, the array 3 elements" in "".join(
-        path.read_text() for path in jobs.root.glob("sweep-*.out")
-    )
+    logs = "".join(path.read_text() for path in jobs.root.glob("sweep-*.out"))
+    assert "ABBA_RATES has 2 rates, the array 3 elements: sbatch --array=0-1 slurm/sweep.sh" in logs
 
 
 @pytest.fixture

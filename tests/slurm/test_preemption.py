@@ -4,6 +4,7 @@ A trial costs a minute or two, so make test-slurm has one; with ABBA_TRIALS=100 
 """
 
 import itertools
+import signal
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_a_killed_rank_ends_all_others_and_the_job(jobs):
     run = jobs.root / "killed"
     job = jobs.train(run, "train.max_steps=2000")
     jobs.until_step(job, run, 1)
-    jobs.kill_rank(job, 1)
+    jobs.signal_rank(job, 1, signal.SIGKILL)
     assert jobs.wait(job) == "FAILED"
     assert jobs.exit_code(job) == 137 and jobs.show(job)["Restarts"] == "0", jobs.log(job)
     assert "ends with code 137" in jobs.log(job)

@@ -5,30 +5,21 @@ that counts stands in for it, so that all ways are taken in seconds.
 """
 
 import json
-import sys
+import signal
 
 import pytest
 
 from tests.faults.harness import beyond_make_test, chance
 from tests.slurm.jobs import last_step
 from tests.slurm.ways import WAYS
-from tests.warm import ROOT
 
 STEPS = 60  # counter.py's
 
 
-@pytest.fixture(scope="module")
-def counting(jobs, tmp_path_factory):
-    """counting(run, *arguments) -> a job in an environment whose python is counter.py."""
-    python = tmp_path_factory.mktemp("counter") / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {ROOT}/tests/slurm/counter.py "$@"\n')
-    python.chmod(0o755)
-
-    def submit(run, *arguments, **variables):
-        return jobs.train(run, *arguments, ABBA_ENV=f"venv:{python.parent.parent}", **variables)
-
-    return submit
+@pytest.fixture
+def counting(jobs, counter):
+    """counting(run, *arguments) -> a job that counts."""
+    return lambda run, *arguments, **variables: jobs.train(run, *arguments, **counter, **variables)
 
 
 def steps(run):
@@ -77,7 +68,7 @@ def test_a_killed_rank_ends_the_job(jobs, counting):
     run = jobs.root / "counted and killed"
     job = counting(run)
     jobs.until_step(job, run, 5)
-    jobs.kill_rank(job, 1)
+    jobs.signal_rank(job, 1, signal.SIGKILL)
     assert jobs.wait(job) == "FAILED"
     assert jobs.exit_code(job) == 137 and jobs.show(job)["Restarts"] == "0", jobs.log(job)
     assert "== a rank was lost" in jobs.log(job)
