@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-STEPS = 60  # of 0.1 s
 program, arguments = sys.argv[1], sys.argv[2:]
 rank = int(os.environ["SLURM_PROCID"])
 run = Path(next((word.partition("=")[2] for word in arguments if word.startswith("output_dir=")), "none"))
 
+steps = 600 if "slowly" in run.name else 60  # of 0.1 s
 if program == "slurm/preflight.py" and rank == 0:
     print(run, "base", "", "bfloat16", sep="\n")
 if program != "launch/train.py":
@@ -29,7 +29,7 @@ if rank == 0:
     print("continuing" if (run / "metrics.jsonl").exists() else "from the start", flush=True)
     with (run / "metrics.jsonl").open("a+") as metrics:
         metrics.seek(0)
-        for step in range(len(metrics.readlines()), STEPS):
+        for step in range(len(metrics.readlines()), steps):
             if asked:
                 sys.exit(75)
             metrics.write(json.dumps({"step": step + 1}) + "\n")

@@ -1,6 +1,5 @@
 """What SLURM does to a running job, by name: each way leaves it requeued, or about to be."""
 
-import signal
 from pathlib import Path
 
 
@@ -43,14 +42,10 @@ def node_down(jobs, job, run):
 def out_of_time(jobs, job, run):
     """The limit is moved to two minutes ahead, which is within --signal's 300 s: SLURM's own clock sends the signal.
 
-    It looks every half minute, so the run is held up until then.
+    It looks every half minute: the run must last longer.
     """
     minutes = int(jobs.show(job)["RunTime"].split(":")[-2]) + 2
-    jobs.signal_rank(job, 0, signal.SIGSTOP)
     jobs.control("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
-    asked = jobs.log(job).count("== USR1 from SLURM")
-    jobs.until(lambda: jobs.log(job).count("== USR1 from SLURM") > asked, job, "the signal before the time limit")
-    jobs.signal_rank(job, 0, signal.SIGCONT)
     jobs.until(lambda: jobs.show(job)["JobState"] == "PENDING", job, "the requeue before the time limit")
     jobs.control("scontrol", "update", f"jobid={job}", "timelimit=60")
 
