@@ -116,6 +116,7 @@ class Jobs:
     def until_restarted(self, job: str, times: int) -> None:
         def restarted() -> bool:
             now = self.show(job)
+            assert now["JobState"] != "FAILED", self.log(job)
             return int(now["Restarts"]) >= times and now["JobState"] == "RUNNING"
 
         self.until(restarted, job, f"restart {times}")
