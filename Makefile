@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help quickstart test test-slow test-faults lint clean
+.PHONY: help quickstart test test-slow test-faults test-slurm lint clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, convert and score the embedded tiny model"
 	@echo "make test         install, then run the tests"
 	@echo "make test-slow    the tests that train on real data for many minutes"
 	@echo "make test-faults  100 of each fault on real ranks, an hour or two; writes a table to runs/faults.md"
+	@echo "make test-slurm   jobs of a real SLURM cluster on this machine; installs SLURM where root and apt are there"
 	@echo "make lint         ruff and the import rules"
 
 # torch first and alone: a later resolution must not replace the build that suits this machine.
@@ -23,7 +24,7 @@ quickstart: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/quickstart.sh
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -31,6 +32,10 @@ test-slow: $(INSTALLED)
 test-faults: $(INSTALLED)
 	mkdir -p runs
 	ABBA_TRIALS=$${ABBA_TRIALS:-100} ABBA_TABLE=runs/faults.json $(BIN)/python -m pytest tests/faults
+
+test-slurm: $(INSTALLED)
+	tests/slurm/cluster.sh install
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

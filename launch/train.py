@@ -283,7 +283,7 @@ def main() -> int:
         os._exit(130)  # the way out through the libraries may wait for the other ranks
     except Exception as error:
         if watch is not None:
-            watch.stop()  # from here on this rank ends by itself
+            watch.stop(getattr(error, "exit_code", 1))  # from here on this rank ends by itself
         fail(error, world)
     return 0
 

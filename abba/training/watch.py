@@ -60,11 +60,14 @@ class Watch:
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # written at once, whatever the main thread does
         threading.Thread(target=self._run, daemon=True, name="watch").start()
 
-    def stop(self) -> None:
-        """From now on this rank ends by itself, and at once when the launcher says so. Called in the main thread."""
+    def stop(self, exit_code: int) -> None:
+        """From now on this rank ends by itself, and at once when the launcher says so. Called in the main thread.
+
+        With `exit_code` then, not by the signal: srun gives the highest code of all ranks, and 143 would hide it.
+        """
         self._ended = True
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, lambda *_: os._exit(exit_code))
 
     def _run(self) -> None:
         while not self._ended:
@@ -77,6 +80,8 @@ class Watch:
     def _asked(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if self._grace is None:
+            if failures := self._world.announced():  # the launcher ends all because of it
+                self._end(_as_error(failures[0]))
             what = f"{number.name} outside the training steps; start the same command again to continue"
             self._end(PreemptedError(what), announce=True)
         elif not self.requested:

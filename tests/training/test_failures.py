@@ -73,6 +73,32 @@ def test_a_rank_that_is_told_to_end_ends_even_when_the_disk_fails(tmp_path):
     assert "SIGTERM outside the training steps" in (tmp_path / "said").read_text()
 
 
+def ended(prepare):
+    """The exit code of a process that calls `prepare` and is then told to end."""
+    child = os.fork()
+    if child == 0:
+        prepare()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_rank_that_is_ended_because_of_another_has_that_ones_exit_code(tmp_path):
+    """A launcher that ends all at the first bad exit gives the highest code, and 75 would stand for "saved"."""
+    world(0, tmp_path / "failures").announce(Failure(0, "no such file", 65))
+    assert ended(lambda: Watch(world(1, tmp_path / "failures"), lambda uncount: None).start()) == 65
+
+
+def test_a_rank_that_is_ended_while_it_ends_keeps_its_own_exit_code(tmp_path):
+    def ending():
+        watch = Watch(world(1, tmp_path / "failures"), lambda uncount: None)
+        watch.start()
+        watch.stop(66)
+
+    assert ended(ending) == 66
+
+
 def crash(directory, error=RuntimeError):
     with pytest.raises(error), directory.held("auto", False, None, lambda line: None):
         raise error("put in by the test")

@@ -1,0 +1,87 @@
+"""Every way in which SLURM stops a job, and the batch script's part in it: who comes back, and who must not.
+
+That training continues to the same bits is test_preemption.py's subject and takes minutes for each way. Here a program
+that counts stands in for it, so that all ways are taken in seconds.
+"""
+
+import json
+import signal
+
+import pytest
+
+from tests.faults.harness import beyond_make_test, chance
+from tests.slurm.jobs import last_step
+from tests.slurm.ways import WAYS
+
+STEPS = {"time limit": 600}  # of 0.1 s; counter.py's, else 60
+
+
+@pytest.fixture
+def counting(jobs, counter):
+    """counting(run, *arguments) -> a job that counts."""
+    return lambda run, *arguments, **variables: jobs.train(run, *arguments, **counter, **variables)
+
+
+def steps(run):
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+QUICK = [way for way in WAYS if way != "time limit"]  # which is a minute's at least
+
+
+@pytest.mark.parametrize("way", [*QUICK, pytest.param("time limit", marks=beyond_make_test)])
+def test_a_stopped_job_comes_back_and_ends(jobs, counting, way):
+    run, random = jobs.root / f"counted {'slowly' * (way in STEPS)} {way}", chance(way)
+    job = counting(run)
+    for restarts, order in enumerate(WAYS[way], start=1):
+        jobs.until_step(job, run, last_step(run) + random.randint(1, 8))
+        order(jobs, job, run)
+        jobs.until_restarted(job, restarts)
+    assert jobs.wait(job) == "COMPLETED", jobs.log(job)
+    log = jobs.log(job)
+    assert steps(run) == list(range(1, STEPS.get(way, 60) + 1))
+    assert jobs.show(job)["Restarts"] == str(len(WAYS[way])) and log.count("\ncontinuing") == len(WAYS[way]), log
+    assert not list((jobs.root / "scratch").glob(f"abba-{job}-*"))
+
+
+def test_a_cancelled_job_does_not_come_back(jobs, counting):
+    run = jobs.root / "counted and cancelled"
+    job = counting(run)
+    jobs.until_step(job, run, 5)
+    jobs.control("scancel", job)
+    assert jobs.wait(job) == "CANCELLED"
+    assert jobs.show(job)["Restarts"] == "0" and "requeued" not in jobs.log(job)
+
+
+def test_ranks_that_somebody_else_ends_do_not_come_back(jobs, counting):
+    """TERM to the ranks alone is nobody's preemption: they save, and the job ends with their code."""
+    run = jobs.root / "counted and ended"
+    job = counting(run)
+    jobs.until_step(job, run, 5)
+    jobs.control("scancel", "--signal=TERM", job)
+    assert jobs.wait(job) == "FAILED"
+    assert jobs.exit_code(job) == 75 and jobs.show(job)["Restarts"] == "0", jobs.log(job)
+    assert "stopped by neither the time limit nor a preemption" in jobs.log(job)
+
+
+def test_a_killed_rank_ends_the_job(jobs, counting):
+    run = jobs.root / "counted and killed"
+    job = counting(run)
+    jobs.until_step(job, run, 5)
+    jobs.signal_rank(job, 1, signal.SIGKILL)
+    assert jobs.wait(job) == "FAILED"
+    assert jobs.exit_code(job) == 137 and jobs.show(job)["Restarts"] == "0", jobs.log(job)
+    assert "== a rank was lost" in jobs.log(job)
+
+
+def test_the_next_job_outlives_a_requeue(jobs, counting):
+    """afterok waits for the end, not for the first stop; its own python here cannot convert what was only counted."""
+    run = jobs.root / "counted and chained"
+    job = counting(run, ABBA_CHAIN="yes")
+    jobs.until_step(job, run, 5)
+    following = jobs.log(job).split(" converts and scores")[0].split()[-1]
+    WAYS["USR1"][0](jobs, job, run)
+    jobs.until_restarted(job, 1)
+    assert jobs.show(following)["JobState"] == "PENDING"
+    assert jobs.wait(job) == "COMPLETED"
+    assert jobs.wait(following) == "COMPLETED", jobs.log(following)
