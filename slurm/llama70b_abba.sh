@@ -28,4 +28,8 @@ SELF=$(realpath "$0") && cd "${SLURM_SUBMIT_DIR:-$(dirname "$SELF")/..}" || exit
 [ -f slurm/common.sh ] || { echo "slurm: $PWD is not the repository's top directory; sbatch from there" >&2; exit 64; }
 . slurm/common.sh
 begin "$@"
+# On several nodes each holds a copy of the base, so that no weight crosses the network (the recipe says more).
+if [ -z "${ABBA_RECIPE:-}" ] && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    set -- "deepspeed.zero_optimization.zero_hpz_partition_size=${SLURM_TASKS_PER_NODE%%[!0-9]*}" "$@"
+fi
 train "${ABBA_RECIPE:-llama70b_gsm8k}" "$@"
