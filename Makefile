@@ -10,7 +10,7 @@ help:
 	@echo "make test         install, then run the tests"
 	@echo "make test-slow    the tests that train on real data for many minutes"
 	@echo "make test-faults  100 of each fault on real ranks, an hour or two; writes a table to runs/faults.md"
-	@echo "make test-slurm   jobs of a real SLURM cluster on this machine; installs SLURM where root and apt are there"
+	@echo "make test-slurm   jobs of a real SLURM cluster on this machine; installs it, and MPI, where root and apt are there"
 	@echo "make lint         ruff and the import rules"
 
 # torch first and alone: a later resolution must not replace the build that suits this machine.

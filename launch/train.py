@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from common import RECIPES
 
 from abba.sharded.ranks import Ranks, ranks_from_environment
-from abba.training.failures import World, fail
+from abba.training.failures import World, fail, wait_for_end
 from abba.training.recipe import Recipe, load_recipe
 from abba.training.run_directory import RunDirectory
 from abba.training.watch import Watch
@@ -85,12 +85,13 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
 
     # Result: the last checkpoint as a standalone adapter, re-opened and verified; its score, if the recipe asks.
     dist.barrier()
-    world.step, world.peers = 0, {}  # the other ranks end here, before rank 0
+    others = world.part()  # they end here, before rank 0
     dist.destroy_process_group()
     if ranks.is_main:
         directory.confirm()
         finish(last, directory, say)
         if recipe.evaluate is not None:
+            wait_for_end(others)
             score(recipe, base, directory.adapter, directory.evaluation, say)
         say(f"done in {time.monotonic() - began:.0f} s")
 

@@ -21,6 +21,7 @@ from abba.training.processes import machine, own_start_time, process_started
 
 EVIDENCE_SECONDS = 4  # how long the cause of a broken connection is looked for
 OTHERS_SPEAK_SECONDS = 3  # rank 0 speaks first and the launcher ends the others, so that an error is shown once
+PARTING_SECONDS = 30  # what a process with a GPU may take to end
 
 
 class Peer(NamedTuple):
@@ -38,6 +39,13 @@ class Failure:
     what: str
     exit_code: int
     is_echo: bool = False  # a broken connection, the consequence of something else
+
+
+def wait_for_end(others: list[Peer]) -> None:
+    """Wait until these processes of this machine are gone, and the memory of their GPUs free, but not for ever."""
+    deadline = time.monotonic() + PARTING_SECONDS
+    while any(process_started(peer.pid) == peer.started for peer in others) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 class World:
@@ -99,6 +107,11 @@ class World:
                     self.rank, f"rank {other} (process {peer.pid}) died {self.at()}", RankLostError.exit_code
                 )
         return None
+
+    def part(self) -> list[Peer]:
+        """The end of training: from now on the others, which are returned, may end without being a loss."""
+        others, self.step, self.peers = list(self.peers.values()), 0, {}
+        return others
 
     def cause_of(self, error: BaseException) -> Failure:
         """What broke the connection to the other ranks, as far as it can be known within EVIDENCE_SECONDS."""

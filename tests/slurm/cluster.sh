@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
 # A real SLURM cluster on one machine, to be thrown away: munged, slurmctld and two slurmd with eight fake GPUs each.
 #     cluster.sh up | down DIRECTORY      needs root; up writes DIRECTORY/etc/slurm.conf, which SLURM_CONF has to name
-#     cluster.sh install                  slurm-wlm, munge and iproute2, where root and apt are there
+#     cluster.sh install                  what it needs, and MPI for the tests of mpirun, where root and apt are there
 # Where the kernel allows it each node has its own address and host name (network and UTS namespaces); else all share
 # the machine's and have a port each, which works in a container too.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
-PACKAGES=(slurm-wlm munge iproute2)
+PROGRAMS=(slurmctld munged ip shellcheck mpirun mpiexec.hydra)
+PACKAGES=(slurm-wlm munge iproute2 shellcheck openmpi-bin libopenmpi-dev mpich) # Open MPI's mpirun comes before mpich's
 NODES=(node1 node2) GPUS=8 BRIDGE=abbaslurm0 NET=10.213.78 MODE=ports MARK='# abba test cluster'
 
 die() { echo "cluster.sh: $*" >&2; exit 1; }
 
 install() {
-    command -v slurmctld > /dev/null && command -v munged > /dev/null && return
+    command -v "${PROGRAMS[@]}" | wc -l | grep -qx "${#PROGRAMS[@]}" && return
     if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-        echo "cluster.sh: no SLURM here, and without root and apt none can be installed: its tests are skipped"
+        echo "cluster.sh: SLURM or MPI is missing, and without root and apt neither can be installed: tests are skipped"
     elif ! { apt-get -qq update && apt-get -qq install -y --no-install-recommends "${PACKAGES[@]}"; } > /dev/null; then
-        echo "cluster.sh: no SLURM here, and apt cannot install it: its tests are skipped"
+        echo "cluster.sh: SLURM or MPI is missing, and apt cannot install them: tests are skipped"
     fi
 }
 

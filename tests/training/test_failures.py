@@ -3,14 +3,17 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from abba.errors import CheckpointError, NoProgressError, RankLostError
 from abba.training import failures
-from abba.training.failures import Failure, World, breaks_connection
+from abba.training.failures import Failure, Peer, World, breaks_connection, wait_for_end
+from abba.training.processes import process_started
 from abba.training.run_directory import RunDirectory
 from abba.training.watch import Watch
 
@@ -153,3 +156,17 @@ def test_damaged_lines_of_metrics_are_dropped_with_a_word(tmp_path):
     assert said == ["metrics.jsonl: WARNING: dropped 2 damaged lines of an earlier start"]
     directory.begin({}, 0, said.append)
     assert not directory.metrics.exists()
+
+
+def test_rank_0_waits_for_the_others_to_end_but_not_for_ever(monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+    world = World()
+    world.peers = {1: Peer(process.pid, process_started(process.pid))}
+    others = world.part()
+    assert world.peers == {} and world.dead_peer() is None
+    threading.Timer(0, process.wait).start()  # a launcher reaps its ranks
+    began = time.monotonic()
+    wait_for_end(others)
+    assert process.poll() == 0 and time.monotonic() - began < 20
+    monkeypatch.setattr(failures, "PARTING_SECONDS", 0.2)
+    wait_for_end([Peer(os.getpid(), process_started(os.getpid()))])
