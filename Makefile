@@ -8,9 +8,9 @@ INSTALLED := .venv/installed
 help:
 	@echo "make quickstart   install, then fine-tune, convert and score the embedded tiny model"
 	@echo "make test         install, then run the tests"
-	@echo "make test-slow    the tests that train on real data for many minutes"
+	@echo "make test-slow    the tests that take minutes each: real data, other seeds, large checkpoints"
 	@echo "make test-faults  100 of each fault on real ranks, an hour or two; writes a table to runs/faults.md"
-	@echo "make test-slurm   jobs of a real SLURM cluster on this machine; installs it, and MPI, where root and apt are there"
+	@echo "make test-slurm   a real SLURM cluster on this machine, and mpirun; installed where root and apt are there"
 	@echo "make lint         ruff and the import rules"
 
 # torch first and alone: a later resolution must not replace the build that suits this machine.
@@ -35,7 +35,7 @@ test-faults: $(INSTALLED)
 
 test-slurm: $(INSTALLED)
 	tests/slurm/cluster.sh install
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -m slurm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -15,7 +15,9 @@ from tests.distributed.ranks import environment, read_metrics
 from tests.faults.test_launchers import descendants
 
 pytestmark = pytest.mark.timeout(900)
-with_mpirun = pytest.mark.skipif(shutil.which("mpirun.openmpi") is None, reason="Open MPI's mpirun is not installed")
+without_mpirun = pytest.mark.skipif(
+    shutil.which("mpirun.openmpi") is None, reason="Open MPI's mpirun is not installed; make test-slurm installs it"
+)
 # Tests may run as root, on fewer cores than ranks.
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 MPIRUN = ["mpirun.openmpi", "-np", "2", "--oversubscribe", "--bind-to", "none"]
@@ -44,7 +46,8 @@ def start():
         process.wait(60)
 
 
-@with_mpirun
+@pytest.mark.slurm
+@without_mpirun
 def test_two_ranks_meet_and_end_well(tmp_path, start):
     process = start([*MPIRUN, "python", *train(tmp_path / "run", "train.max_steps=2")], tmp_path / "log")
     assert process.wait(300) == 0, (tmp_path / "log").read_text()
@@ -52,7 +55,8 @@ def test_two_ranks_meet_and_end_well(tmp_path, start):
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
 
 
-@with_mpirun
+@pytest.mark.slurm
+@without_mpirun
 def test_a_signal_saves_and_a_killed_rank_fails_the_job(tmp_path, start):
     command = [*MPIRUN, "python", *train(tmp_path / "run", "train.max_steps=100000")]
     process = start(command, tmp_path / "first")
@@ -69,7 +73,8 @@ def test_a_signal_saves_and_a_killed_rank_fails_the_job(tmp_path, start):
     assert not any(process_started(pid) for pid in below), "processes survive"
 
 
-@with_mpirun
+@pytest.mark.slurm
+@without_mpirun
 def test_deepspeeds_runner_starts_mpirun(tmp_path, start):
     (tmp_path / "hostfile").write_text("localhost slots=2\n")
     options = "--mca btl_tcp_if_include lo --oversubscribe --bind-to none"
@@ -84,7 +89,8 @@ def test_deepspeeds_runner_starts_mpirun(tmp_path, start):
     assert "engine: 2 rank(s)" in (tmp_path / "log").read_text()
 
 
-@with_mpirun
+@pytest.mark.slurm
+@without_mpirun
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process another host name")
 def test_two_nodes_meet_where_rank_0_is(tmp_path, start):
     """mpirun starts its daemon of the second node through ssh; here, on this machine under another name."""
@@ -111,7 +117,8 @@ def test_two_nodes_meet_where_rank_0_is(tmp_path, start):
     assert "engine: 4 rank(s)" in (tmp_path / "log").read_text()
 
 
-@with_mpirun
+@pytest.mark.slurm
+@without_mpirun
 def test_an_mpi_that_sees_another_world_is_refused(tmp_path):
     """Each process alone, as when mpi4py is bound to another MPI than the mpirun's: here, without any mpirun."""
     promised = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
@@ -120,6 +127,7 @@ def test_an_mpi_that_sees_another_world_is_refused(tmp_path):
     assert "sees rank 0 of 1; install the libmpi of this mpirun" in alone.stderr
 
 
+@pytest.mark.slurm
 @pytest.mark.skipif(shutil.which("mpiexec.hydra") is None, reason="MPICH's mpiexec.hydra is not installed")
 def test_another_mpis_launcher_is_refused(tmp_path, start):
     process = start(

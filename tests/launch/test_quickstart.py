@@ -90,15 +90,18 @@ def test_the_script_runs_end_to_end_on_the_real_launcher(tmp_path, base_score):
     assert "17 - 5 = <<17-5=12>>12 pens." in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", ["seed 1", "seed 2"])
 def test_other_seeds_learn_as_well(base_score, trained, seed):
     assert trained[seed] >= base_score + 30
 
 
+@pytest.mark.slow
 def test_learning_rate_zero_gains_nothing(base_score, trained):
     assert trained["rate 0"] <= base_score + 2
 
 
+@pytest.mark.slow
 def test_shuffled_results_stay_far_behind(trained):
     assert trained["shuffled"] <= min(trained["seed 1"], trained["seed 2"]) - 25
 
