@@ -129,8 +129,9 @@ def _cheaper_settings(job: Job) -> Iterator[tuple[str, Job]]:
     zero = "deepspeed.zero_optimization"
     if job.eval_batch > 1:
         yield "train.per_device_eval_batch_size=1", replace(job, eval_batch=1)
-    if job.checkpointing == "none":
-        yield "train.gradient_checkpointing=non_reentrant", replace(job, checkpointing="non_reentrant")
+    cheaper = {"none": ("selective", "non_reentrant"), "selective": ("non_reentrant",)}
+    for mode in cheaper.get(job.checkpointing, ()):
+        yield f"train.gradient_checkpointing={mode}", replace(job, checkpointing=mode)
     if job.sharding.hpz > 1:
         without = replace(job, sharding=replace(job.sharding, hpz=1))
         yield f"{zero}.zero_hpz_partition_size=1", without

@@ -13,10 +13,11 @@ from abba import AdapterConfig, inject
 from abba.planning.architecture import architecture_of
 from abba.planning.job import Job
 from abba.planning.memory import backward_bytes, evaluation_bytes, kept_bytes, layer_bytes, loss_bytes
-from abba.training.loss import token_loss_sum
+from abba.training.batches import collate, lines_of
+from abba.training.loss import return_losses
 from abba.training.model import enable_checkpointing
 
-ROWS, TOKENS, BF16 = 2, 128, 2
+ROWS, TOKENS, BF16 = 8, 128, 2  # two chunks of supervised tokens
 SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 896,
@@ -28,24 +29,42 @@ SHAPE = {
 }
 
 
-def build(family, attention, layers=3, vocab=256, mode="none", rank=4):
-    """(model with adapters in bf16, inputs with padding, the job that plans it)."""
+class Rows:
+    """As TokenizedRows: every row ends in padding but the first, or with `packed` two rows fill a line."""
+
+    def __init__(self, packed):
+        lengths = [TOKENS // 2] * (2 * ROWS) if packed else [TOKENS] + [TOKENS - 1] * (ROWS - 1)
+        self.rows = list(range(len(lengths)))
+        self._lengths = lengths
+
+    def input_ids(self, row):
+        return torch.full((self._lengths[row],), 1 + row)
+
+    def length(self, row):
+        return self._lengths[row]
+
+    def prompt_length(self, row):
+        return 1
+
+
+def build(family, attention, layers=3, vocab=256, mode="none", rank=4, packing=False):
+    """(model with adapters in bf16 that returns losses, a batch of the trainer's, the job that plans it)."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SHAPE, num_hidden_layers=layers, vocab_size=vocab)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).train()
     adapter = AdapterConfig(rank, rank, 16.0)
     inject(model, adapter)
     enable_checkpointing(model, mode)
-    ids = torch.randint(1, vocab, (ROWS, TOKENS))
-    mask = torch.ones_like(ids)
-    mask[0, -9:] = 0
-    architecture = architecture_of(config.to_dict(), family)
-    job = Job(architecture, adapter, 1, ROWS, ROWS, TOKENS, mode, BF16, attention)
-    return model, {"input_ids": ids, "attention_mask": mask, "use_cache": False}, job
+    return_losses(model)
+    data = Rows(packing)
+    batch = collate(data, lines_of(data, data.rows, TOKENS if packing else None), 0, torch.device("cpu"))
+    assert batch.input_ids.shape == (ROWS, TOKENS)
+    job = Job(architecture_of(config.to_dict(), family), adapter, 1, ROWS, ROWS, TOKENS, mode, BF16, attention)
+    return model, (batch.input_ids, batch.position_ids, batch.targets), replace(job, packing=packing)
 
 
-def saved_bytes(family, attention, layers):
-    model, inputs, _ = build(family, attention, layers)
+def saved_bytes(family, attention, layers, packing):
+    model, batch, _ = build(family, attention, layers, packing=packing)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
@@ -56,18 +75,19 @@ def saved_bytes(family, attention, layers):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**inputs)
+        model(*batch)
     return sum(storage.nbytes() for storage in storages.values())
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(
     "family, attention",
     [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("qwen2", "sdpa"), ("gemma2", "eager")],
 )
-def test_what_a_layer_saves(family, attention):
-    measured = saved_bytes(family, attention, 3) - saved_bytes(family, attention, 2)
+def test_what_a_layer_saves(family, attention, packing):
+    measured = saved_bytes(family, attention, 3, packing) - saved_bytes(family, attention, 2, packing)
     scaled_norms = 4 * SHAPE["hidden_size"] * 4 if family == "gemma2" else 0  # 1 + weight in fp32, of no size
-    assert layer_bytes(build(family, attention)[2]) + scaled_norms == measured
+    assert layer_bytes(build(family, attention, packing=packing)[2]) + scaled_norms == measured
 
 
 class Peak(TorchDispatchMode):
@@ -93,29 +113,17 @@ class Peak(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize("mode", ["none", "non_reentrant", "reentrant"])
-@pytest.mark.parametrize("family, attention", [("llama", "sdpa"), ("gemma2", "eager")])
-@pytest.mark.parametrize("vocab, rank", [(256, 4), (8192, 4), (256, 16)])
-def test_the_most_that_a_micro_batch_holds(family, attention, mode, vocab, rank):
-    """Few words: a layer's backward is the fullest moment; many: the loss; high ranks: the Khatri-Rao factors."""
-    model, inputs, job = build(family, attention, 3, vocab, mode, rank)
-    labels = inputs["input_ids"].clone()
+def peak_of_a_micro_batch(model, batch):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # under ZeRO-3 a gradient is reduced at once
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    inputs_and_labels = [inputs["input_ids"], inputs["attention_mask"], labels]
-    with Peak([*model.parameters(), *model.buffers(), *gradients, *inputs_and_labels]) as peak:
-        logits = model(**inputs).logits
-        token_loss_sum(logits, labels).backward()
-    planned = kept_bytes(job) + max(loss_bytes(job), backward_bytes(job))
-    assert planned == pytest.approx(peak.most, rel=0.06)
+    with Peak([*model.parameters(), *model.buffers(), *gradients, *batch]) as peak:
+        model(*batch).backward()
+    return peak.most
 
 
-def test_the_most_that_evaluation_holds():
-    model, inputs, job = build("llama", "sdpa", vocab=8192)
-    tensors = [inputs["input_ids"], inputs["attention_mask"]]
-    with torch.no_grad(), Peak([*model.parameters(), *model.buffers(), *tensors]) as peak:
-        logits = model(**inputs).logits
-        token_loss_sum(logits, inputs["input_ids"])
-    assert evaluation_bytes(replace(job, eval_batch=ROWS)) == pytest.approx(peak.most, rel=0.06)
+def peak_of_evaluation(model, batch):
+    with torch.no_grad(), Peak([*model.parameters(), *model.buffers(), *batch]) as peak:
+        model.eval()(*batch)
+    return peak.most
