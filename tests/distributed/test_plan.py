@@ -11,6 +11,8 @@ from abba.planning.job import Sharding
 from abba.sharded.engine import engine_config
 from tests import warm
 from tests.distributed.ranks import TINY, probe
+from tests.distributed.test_hierarchy import HPZ
+from tests.distributed.test_hierarchy import SHORT as ON_NODES
 from tests.models import tiny_model
 
 SETTLED = 2  # before that DeepSpeed records its trace of the model, and gathers more
@@ -23,9 +25,10 @@ SOME_AHEAD = [
 SHORT = ["train.max_steps=4", "train.eval_steps=4", "data.max_rows=64", "data.eval_rows=4"]
 
 
-def planned(directory, arguments, world):
+def planned(directory, arguments, on_node, nodes=1):
     """What launch/plan.py --json says of the same recipe."""
-    finished = warm.run(directory, "launch/plan.py", *arguments, "--gpus-per-node", str(world), "--json")
+    cluster = ["--nodes", str(nodes), "--gpus-per-node", str(on_node)]
+    finished = warm.run(directory, "launch/plan.py", *arguments, *cluster, "--json")
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 
@@ -49,11 +52,18 @@ def assert_equal_to_plan(found, plan):
         ("bf16", 2, ["model.dtype=bfloat16"]),
         ("reentrant", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=reentrant"]),
         ("none", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=none"]),
+        ("selective", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=selective", *SHORT]),
     ],
 )
 def test_a_plan_is_what_happens(tmp_path, runs, arguments, name, world, more):
     _, found = runs(name, world, *more)
     assert_equal_to_plan(found, planned(tmp_path, arguments("unused", *more), world))
+
+
+def test_a_second_copy_on_two_nodes_of_two_ranks(tmp_path, runs, arguments):
+    """The run of test_hierarchy.py."""
+    _, found = runs("layout-hpz", 4, *ON_NODES, HPZ, nodes=2)
+    assert_equal_to_plan(found, planned(tmp_path, arguments("unused", *ON_NODES, HPZ), 2, nodes=2))
 
 
 def test_what_is_gathered_at_once_stays_within_the_plan(tmp_path):

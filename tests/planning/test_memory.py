@@ -9,15 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import abba.training.loss
 from abba import AdapterConfig, inject
 from abba.planning.architecture import architecture_of
 from abba.planning.job import Job
-from abba.planning.memory import backward_bytes, evaluation_bytes, kept_bytes, layer_bytes, loss_bytes
+from abba.planning.memory import CHUNK, backward_bytes, evaluation_bytes, kept_bytes, layer_bytes, loss_bytes
 from abba.training.batches import collate, lines_of
 from abba.training.loss import return_losses
-from abba.training.model import enable_checkpointing
+from abba.training.model import enable_checkpointing, packed_tokens
 
-ROWS, TOKENS, BF16 = 8, 128, 2  # two chunks of supervised tokens
+BF16, NEAR = 2, 0.04
+ROWS_OF_TOKENS = (8, 128)  # two chunks of supervised tokens
 SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 896,
@@ -30,12 +32,13 @@ SHAPE = {
 
 
 class Rows:
-    """As TokenizedRows: every row ends in padding but the first, or with `packed` two rows fill a line."""
+    """As TokenizedRows: every row but the first ends in padding, or with `packing` two fill a line; all supervised."""
 
-    def __init__(self, packed):
-        lengths = [TOKENS // 2] * (2 * ROWS) if packed else [TOKENS] + [TOKENS - 1] * (ROWS - 1)
-        self.rows = list(range(len(lengths)))
-        self._lengths = lengths
+    def __init__(self, rows, tokens, packing):
+        self._lengths = [tokens // 2] * (2 * rows) if packing else [tokens] + [tokens - 1] * (rows - 1)
+
+    def __len__(self):
+        return len(self._lengths)
 
     def input_ids(self, row):
         return torch.full((self._lengths[row],), 1 + row)
@@ -47,24 +50,26 @@ class Rows:
         return 1
 
 
-def build(family, attention, layers=3, vocab=256, mode="none", rank=4, packing=False):
-    """(model with adapters in bf16 that returns losses, a batch of the trainer's, the job that plans it)."""
+def build(family, attention, layers=3, *, vocab=256, mode="none", rank=4, packing=False, shape=ROWS_OF_TOKENS, **more):
+    """(model with adapters in bf16 that returns losses, a batch as training makes it, the job that plans it)."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SHAPE, num_hidden_layers=layers, vocab_size=vocab)
+    config = AutoConfig.for_model(family, **SHAPE, num_hidden_layers=layers, vocab_size=vocab, **more)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).train()
     adapter = AdapterConfig(rank, rank, 16.0)
     inject(model, adapter)
     enable_checkpointing(model, mode)
     return_losses(model)
-    data = Rows(packing)
-    batch = collate(data, lines_of(data, data.rows, TOKENS if packing else None), 0, torch.device("cpu"))
-    assert batch.input_ids.shape == (ROWS, TOKENS)
-    job = Job(architecture_of(config.to_dict(), family), adapter, 1, ROWS, ROWS, TOKENS, mode, BF16, attention)
+    rows, tokens = shape
+    data = Rows(rows, tokens, packing)
+    lines = lines_of(data, list(range(len(data))), packed_tokens(model, tokens) if packing else None)
+    batch = collate(data, lines, 0, torch.device("cpu"))
+    assert batch.input_ids.shape == shape
+    job = Job(architecture_of(config.to_dict(), family), adapter, 1, rows, rows, tokens, mode, BF16, attention)
     return model, (batch.input_ids, batch.position_ids, batch.targets), replace(job, packing=packing)
 
 
-def saved_bytes(family, attention, layers, packing):
-    model, batch, _ = build(family, attention, layers, packing=packing)
+def saved_bytes(*model, **changes):
+    model, batch, _ = build(*model, **changes)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
@@ -81,13 +86,21 @@ def saved_bytes(family, attention, layers, packing):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(
-    "family, attention",
-    [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("qwen2", "sdpa"), ("gemma2", "eager")],
+    "family, attention, more",
+    [
+        ("llama", "sdpa", {}),
+        ("llama", "eager", {}),
+        ("mistral", "sdpa", {}),
+        ("mistral", "sdpa", {"sliding_window": 64}),
+        ("qwen2", "sdpa", {}),
+        ("gemma2", "eager", {}),
+    ],
 )
-def test_what_a_layer_saves(family, attention, packing):
-    measured = saved_bytes(family, attention, 3, packing) - saved_bytes(family, attention, 2, packing)
+def test_what_a_layer_saves(family, attention, more, packing):
+    measured, less = (saved_bytes(family, attention, n, packing=packing, **more) for n in (3, 2))
     scaled_norms = 4 * SHAPE["hidden_size"] * 4 if family == "gemma2" else 0  # 1 + weight in fp32, of no size
-    assert layer_bytes(build(family, attention, packing=packing)[2]) + scaled_norms == measured
+    job = build(family, attention, packing=packing, **more)[2]
+    assert layer_bytes(job) + scaled_norms == measured - less
 
 
 class Peak(TorchDispatchMode):
@@ -123,7 +136,47 @@ def peak_of_a_micro_batch(model, batch):
     return peak.most
 
 
-def peak_of_evaluation(model, batch):
+FEW, MANY = {"vocab": 256}, {"vocab": 8192}
+WIDE = {"vocab": 256, "rank": 16}
+LLAMA, GEMMA = ("llama", "sdpa"), ("gemma2", "eager")
+
+
+@pytest.mark.parametrize("mode", ["none", "non_reentrant", "reentrant", "selective"])
+@pytest.mark.parametrize("model", [LLAMA, GEMMA])
+@pytest.mark.parametrize("sizes", [FEW, MANY, WIDE])
+def test_the_most_that_a_micro_batch_holds(model, mode, sizes):
+    """Few words: a layer's backward is the fullest moment; many: the loss; high ranks: the Khatri-Rao factors."""
+    model, batch, job = build(*model, 3, mode=mode, **sizes)
+    measured = peak_of_a_micro_batch(model, batch)
+    assert (loss_bytes(job) > backward_bytes(job)) == (sizes is MANY)
+    assert kept_bytes(job) + max(loss_bytes(job), backward_bytes(job)) == pytest.approx(measured, rel=NEAR)
+
+
+@pytest.mark.parametrize("shape", [(8, 128), (2, 512)])
+@pytest.mark.parametrize(
+    "model, layers, mode, packing",
+    [
+        (LLAMA, 4, "selective", False),
+        (LLAMA, 3, "selective", True),
+        (LLAMA, 3, "none", True),
+        (("llama", "eager"), 3, "non_reentrant", False),
+        (GEMMA, 3, "non_reentrant", True),
+    ],
+)
+def test_masks_long_rows_and_a_last_layer_that_keeps_all(model, layers, mode, packing, shape):
+    """Rows of 512 tokens in eager attention: the softmax is the fullest moment."""
+    model, batch, job = build(*model, layers, mode=mode, packing=packing, shape=shape)
+    assert kept_bytes(job) + backward_bytes(job) == pytest.approx(peak_of_a_micro_batch(model, batch), rel=NEAR)
+
+
+@pytest.mark.parametrize("vocab", [256, 8192])
+@pytest.mark.parametrize("model", [LLAMA, GEMMA])
+def test_the_most_that_evaluation_holds(model, vocab):
+    model, batch, job = build(*model, vocab=vocab)
     with torch.no_grad(), Peak([*model.parameters(), *model.buffers(), *batch]) as peak:
         model.eval()(*batch)
-    return peak.most
+    assert evaluation_bytes(replace(job, eval_batch=job.micro_batch)) == pytest.approx(peak.most, rel=NEAR)
+
+
+def test_a_chunk_is_that_of_the_loss():
+    assert CHUNK == abba.training.loss.CHUNK
