@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from abba.planning.job import Sharding
 from abba.sharded.engine import engine_config
+from abba.sharded.ranks import Ranks
 from tests import warm
 from tests.distributed.ranks import TINY, probe
 from tests.distributed.test_hierarchy import HPZ
@@ -52,7 +53,7 @@ def assert_equal_to_plan(found, plan):
         ("bf16", 2, ["model.dtype=bfloat16"]),
         ("reentrant", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=reentrant"]),
         ("none", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=none"]),
-        ("selective", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=selective", *SHORT]),
+        ("selective", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=selective"]),
     ],
 )
 def test_a_plan_is_what_happens(tmp_path, runs, arguments, name, world, more):
@@ -67,11 +68,11 @@ def test_a_second_copy_on_two_nodes_of_two_ranks(tmp_path, runs, arguments):
 
 
 def test_what_is_gathered_at_once_stays_within_the_plan(tmp_path):
-    """The embedded model on four ranks, with prefetching; its tied head is gathered like any other weight."""
+    """The embedded model on two ranks, with prefetching; its tied head is gathered like any other weight."""
     arguments = ["--recipe", "quickstart", f"output_dir={tmp_path / 'run'}", *SOME_AHEAD, *SHORT]
     arguments.append("train.per_device_train_batch_size=4")
-    found = probe(4, tmp_path / "probe", arguments)
-    plan = planned(tmp_path / "plan", arguments, 4)
+    found = probe(2, tmp_path / "probe", arguments)
+    plan = planned(tmp_path / "plan", arguments, 2)
     assert_equal_to_plan(found, plan)
     live = max(rank["most_live_elements"] for rank in found) * 2
     assert live <= plan["gpu_memory_bytes"]["gathered layers"] <= 1.5 * live
@@ -89,7 +90,7 @@ def test_gemmas_last_module_of_a_layer_is_a_norm(tmp_path, arguments):
 
 
 def test_defaults_are_those_of_the_engine():
-    zero = DeepSpeedZeroConfig(**engine_config(torch.bfloat16, 1, 1, 1.0, {})["zero_optimization"])
+    zero = DeepSpeedZeroConfig(**engine_config(torch.bfloat16, 1, 1, 1.0, {}, Ranks())["zero_optimization"])
     limits = (zero.prefetch_bucket_size, zero.max_live_parameters, zero.reduce_bucket_size)
     assert Sharding() == Sharding(zero.zero_hpz_partition_size, zero.offload_param is not None, *limits)
 
