@@ -129,6 +129,7 @@ def job_of(recipe: Any, gpus: int) -> Any:
         sharding_of(recipe.deepspeed.get("zero_optimization", {})),
         recipe.train.per_device_eval_batch_size if recipe.data.eval_rows else 0,
         recipe.checkpoint.save_total_limit,
+        recipe.data.packing,
     )
 
 

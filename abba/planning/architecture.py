@@ -58,6 +58,7 @@ class Architecture:
     mlp_bias: bool = False
     attention_cap: bool = False  # caps attention logits, which only eager attention does
     logit_cap: bool = False
+    window: int | None = None  # tokens back that every layer sees
 
     def linears(self) -> dict[str, tuple[int, int, bool]]:
         """(out, in, has a bias) of the seven linears of a layer, in the order of the forward pass."""
@@ -166,6 +167,7 @@ def architecture_of(config: Mapping[str, Any], source: str) -> Architecture:
         mlp_bias=family == "llama" and bool(config.get("mlp_bias")),
         attention_cap=family == "gemma2" and config.get("attn_logit_softcapping", 50.0) is not None,
         logit_cap=family == "gemma2" and config.get("final_logit_softcapping", 30.0) is not None,
+        window=config.get("sliding_window", 4096) if family == "mistral" else None,
     )
 
 

@@ -25,12 +25,10 @@ def _memory(plan: Plan) -> list[str]:
     job, zero = plan.job, plan.job.sharding
     model, element, tokens = job.architecture, job.element_bytes, job.micro_tokens
     base, trained, whole = job.shard(job.base), job.shard(job.factors), job.gathered(*job.replicated)
-    checkpointed = job.checkpointing != "none"
-    kept = (
-        f"{model.layers} layer inputs x {model.hidden} x {element} B x {tokens:,} tokens"
-        if checkpointed
-        else f"{model.layers} layers x {memory.layer_bytes(job):,} B"
-    )
+    again = job.checkpointed_layers
+    kept = [f"{model.layers - again} layers x {memory.layer_bytes(job):,} B"] if again < model.layers else []
+    kept += [f"{again} layer inputs x {model.hidden} x {element} B x {tokens:,} tokens"] if again else []
+    kept += [f"{tokens:,} x {memory.shared_bytes(job):,} B of positions{' and mask' if job.masked else ''}"]
     loss, backward = memory.loss_bytes(job), memory.backward_bytes(job)
     lines = {
         "base shard": "in host memory" if zero.offload else f"{base:,} x {element} B",
@@ -40,14 +38,14 @@ def _memory(plan: Plan) -> list[str]:
         "masters and moments": f"{trained:,} x {memory.MASTER_AND_MOMENTS} B",
         "reduce bucket": f"{zero.reduce_bucket:,} x {memory.FP32} B",
         "gathered layers": f"(max_live {zero.max_live:,} + the largest weight + "
-        f"{'a layer ' + format(model.layer_matrices, ',') if checkpointed else 'no layer'}, at most the base, "
+        f"{'a layer ' + format(model.layer_matrices, ',') if again else 'no layer'}, at most the base, "
         f"+ prefetched {zero.prefetch:,} as copied) x {element} B",
-        "activations kept": kept,
-        "loss or a layer's backward": f"the larger of {tokens:,} tokens x {model.vocab:,} x "
-        f"{loss // tokens // model.vocab} B = {loss:,} and a layer's backward {backward:,}",
+        "activations kept": " + ".join(kept),
+        "loss or a layer's backward": f"the larger of the loss, logits of {memory.CHUNK} tokens x {model.vocab:,} "
+        f"at a time, {loss:,} B, and a layer's backward, {backward:,} B",
         "start, beyond a step": "factors in fp32 and in the model's dtype, two weights, one in fp32",
-        "evaluation, beyond a step": f"{job.eval_batch} rows x {job.tokens} tokens x {model.vocab:,} logits "
-        f"= {memory.evaluation_bytes(job):,} B, less what a step has there",
+        "evaluation, beyond a step": f"{job.eval_batch} rows x {job.tokens} tokens through a layer or the loss, "
+        f"{memory.evaluation_bytes(job):,} B, less what a step has there",
         "context and fragments": f"assumed {memory.CONTEXT_BYTES / GIB:g} GiB + {memory.FRAGMENTS:.0%} of the rest",
     }
     return [f"{part} = {lines[part]} = {size:,} B" for part, size in plan.gpu.items() if size]
@@ -57,7 +55,13 @@ def _traffic(plan: Plan) -> list[str]:
     job, moved, group = plan.job, plan.traffic, plan.group
     again = job.gathered(*job.replicated) * job.element_bytes if job.gpus > 1 else 0
     one = speed.gathered_elements(job)
-    times = {"none": "twice", "reentrant": "twice", "non_reentrant": "three times, a layer's last one twice"}
+    third = "three times, a layer's last one twice"
+    times = {
+        "none": "twice",
+        "reentrant": "twice",
+        "non_reentrant": third,
+        "selective": f"twice, of every second {third}",
+    }
     return [
         f"gathered = {one:,} elements a micro-batch (each weight of a layer {times[job.checkpointing]}) x "
         f"{job.element_bytes} B x {job.accumulation} + {again:,} B of factors and norms after the update "
@@ -72,11 +76,11 @@ def _traffic(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     job, cluster, times, moved = plan.job, plan.cluster, plan.times, plan.traffic
-    again = "with" if job.checkpointing != "none" else "without"
     work = sum(plan.flop.values())
     parts = ", ".join(f"{part} {value / 1e12:,.1f}" for part, value in plan.flop.items())
     return [
-        f"TFLOP a step, {again} recomputation = {parts}, in all {work / 1e12:,.1f}",
+        f"TFLOP a step, {job.checkpointed_layers} of {job.architecture.layers} layers recomputed = {parts}, "
+        f"in all {work / 1e12:,.1f}",
         f"computing = {work / job.gpus / 1e12:,.1f} TFLOP / {cluster.gpu_tflops:g} TFLOP/s, likely at "
         f"{speed.LIKELY_SHARE_OF_PEAK:.0%} (NVIDIA NeMo AutoModel, LoRA, 8B, H100) = {times.compute:.3g} s",
         f"network = the longer of {moved.within * 8 / 1e9:,.1f} Gbit / {cluster.intra_node_gbps:g} Gbit/s, likely at "

@@ -46,12 +46,13 @@ class Job:
     global_batch: int
     micro_batch: int
     tokens: int  # of a row, all counted as full
-    checkpointing: str = "non_reentrant"  # or reentrant, or none
+    checkpointing: str = "non_reentrant"  # or reentrant, selective (every second layer), or none
     element_bytes: int = 2  # bf16
     attention: str = "auto"
     sharding: Sharding = Sharding()
     eval_batch: int = 0  # rows of a micro-batch of held-out rows; 0: none are held out
     kept_checkpoints: int = 2
+    packing: bool = False  # rows share lines of `tokens`, at most as many lines as there were rows
 
     @property
     def accumulation(self) -> int:
@@ -75,6 +76,37 @@ class Job:
     @property
     def step_tokens(self) -> int:
         return self.global_batch * self.tokens
+
+    def is_checkpointed(self, layer: int) -> bool:
+        """Its input alone is kept for the backward pass, which computes it again."""
+        return self.checkpointing != "none" and not (self.checkpointing == "selective" and layer % 2)
+
+    @cached_property
+    def checkpointed_layers(self) -> int:
+        return sum(map(self.is_checkpointed, range(self.architecture.layers)))
+
+    @property
+    def attention_kind(self) -> str:
+        """The implementation. `auto` counts as without flash-attn, which takes no more than sdpa."""
+        if self.attention != "auto":
+            return self.attention
+        return "eager" if self.architecture.attention_cap else "sdpa"
+
+    @property
+    def masked(self) -> bool:
+        """Attention takes a mask of (tokens, tokens) for each line: eager always, sdpa for more than causality."""
+        windowed = self.architecture.window is not None and self.tokens >= self.architecture.window
+        return self.attention_kind == "eager" or (self.attention_kind == "sdpa" and (self.packing or windowed))
+
+    @property
+    def rank(self) -> int:
+        """Of an update: columns of its Khatri-Rao factors."""
+        return self.adapter.r1 * self.adapter.r2
+
+    @property
+    def adapted(self) -> int:
+        """Adapted linears of a layer, at most."""
+        return -(-len(self.targets) // self.architecture.layers)
 
     @cached_property
     def targets(self) -> Mapping[str, tuple[int, int]]:

@@ -1,13 +1,14 @@
 """Bytes per GPU by part, and per node in host memory and on disk.
 
-The first group (base to reduce bucket) is what ZeRO-3 allocates, and exact. Activations and logits follow what autograd
-saves for each operation of the model's code; the margin is an assumption.
+The first group (base to reduce bucket) is what ZeRO-3 allocates, and exact. Activations and loss follow what autograd
+saves for each operation of the model's code; the margin is an assumption. Every token counts as supervised.
 """
 
 from abba.planning.job import Job
 
 GIB = 2**30
 FP32 = 4
+CHUNK = 512  # supervised tokens whose logits are there at once; abba/training/loss.py
 # Assumed: CUDA context, NCCL's buffers and cuBLAS's workspace; then fragments of the caching allocator.
 CONTEXT_BYTES, FRAGMENTS = int(1.25 * GIB), 0.05
 HOST_BYTES_PER_RANK = 5 * GIB  # assumed: the process with its libraries
@@ -68,54 +69,91 @@ def gathered_bytes(job: Job) -> int:
 
 
 def kept_bytes(job: Job) -> int:
-    """What autograd keeps from forward to backward: everything, or with checkpointing the input of each layer."""
-    if job.checkpointing == "none":
-        return job.architecture.layers * layer_bytes(job)
-    return job.architecture.layers * job.architecture.hidden * job.element_bytes * job.micro_tokens
+    """What autograd keeps from forward to backward: the inputs of checkpointed layers, all that the others save.
 
-
-def backward_bytes(job: Job) -> int:
-    """Temporaries of one layer's backward: what is recomputed for it, the logits, gradients of the MLP's tensors.
-
-    Of the widest linear, the Khatri-Rao factors or their gradients.
+    And once what all layers share: cosine and sine of the positions, the mask.
     """
-    model, element = job.architecture, job.element_bytes
-    recomputed = layer_bytes(job) if job.checkpointing != "none" else 0
-    wide = max(out + into for out, into in job.targets.values())
-    gradients = job.micro_tokens * (2 * model.mlp * element + model.norms * model.hidden * FP32 // 2)
-    logits = job.micro_tokens * model.vocab * element
-    return recomputed + logits + gradients + job.adapter.r1 * job.adapter.r2 * wide * element
+    model, again = job.architecture, job.checkpointed_layers
+    inputs = again * model.hidden * job.element_bytes * job.micro_tokens
+    return inputs + (model.layers - again) * layer_bytes(job) + job.micro_tokens * shared_bytes(job)
+
+
+def shared_bytes(job: Job) -> int:
+    """Of a token: cosine and sine; its row of the mask, which is added to scores, or for sdpa says yes or no."""
+    mask = job.element_bytes if job.attention_kind == "eager" else 1
+    return 2 * job.architecture.head_dim * job.element_bytes + job.masked * job.tokens * mask
 
 
 def layer_bytes(job: Job) -> int:
     """What autograd saves in the forward pass of one layer."""
-    model, element = job.architecture, job.element_bytes
-    rank = job.adapter.r1 * job.adapter.r2
-    query = model.heads * model.head_dim
-    adapted = -(-len(job.targets) // model.layers)
+    model, element, scores = job.architecture, job.element_bytes, job.architecture.heads * job.tokens
+    query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
     per_token = model.norms * (model.hidden + 1) * FP32  # a norm works in fp32
     per_token += 2 * model.hidden * element  # the inputs of attention and MLP
-    per_token += adapted * rank * element  # x A_kr of every adapted linear
-    per_token += 4 * query * element  # q, k and v, all for every head, and the output
+    per_token += job.adapted * job.rank * element  # x A_kr of every adapted linear
     per_token += 4 * model.mlp * element  # gate, its activation, up, their product
-    if job.attention == "eager" or (job.attention == "auto" and model.attention_cap):
-        # Probabilities in fp32 and rounded; of capped scores the tanh.
-        per_token += model.heads * job.tokens * (FP32 + element * (1 + model.attention_cap))
+    per_token += 2 * query * element  # q and the output
+    per_token += 2 * (query if job.masked else key) * element  # k and v: with a mask they are repeated for every head
+    if job.attention_kind == "eager":
+        per_token += scores * (FP32 + element * (1 + model.attention_cap))  # softmax, rounded; of capped scores tanh
     else:
-        per_token += model.heads * FP32 + job.tokens * element  # log-sum-exp of each row of scores; the mask
+        per_token += model.heads * FP32 + job.masked * job.tokens * element  # log-sum-exp; the mask as it is added
     return per_token * job.micro_tokens
 
 
 def loss_bytes(job: Job) -> int:
-    """Logits, if capped their tanh, and in fp32 their log-softmax, its gradient and theirs; every token supervised."""
-    per_logit = job.element_bytes * (1 + job.architecture.logit_cap) + 3 * FP32
-    return job.micro_tokens * job.architecture.vocab * per_logit
+    """The final norm in fp32, the hidden states, the supervised ones, their gradient; and of a chunk the logits."""
+    model = job.architecture
+    per_token = (model.hidden + 1) * FP32 + 3 * model.hidden * job.element_bytes
+    # In fp32 logits and log-softmax, with a cap its slope; during the next chunk this one's gradient, and slope.
+    kept, made = (1 + model.logit_cap) * FP32, (2 + model.logit_cap) * FP32
+    return job.micro_tokens * per_token + _chunks_bytes(job, job.micro_tokens, kept, made, made)
+
+
+def backward_bytes(job: Job) -> int:
+    """The fullest moment of the backward pass: of the final norm, or of the last layer, after what it recomputes.
+
+    Where that layer is not checkpointed, it has freed as much when the one before recomputes.
+    """
+    model, element, tokens = job.architecture, job.element_bytes, job.micro_tokens
+    hidden, mlp, products = model.hidden * element, model.mlp * element, job.rank * element
+    norm = 5 * model.hidden * FP32  # in fp32 five tensors
+    wide = max(out + into for out, into in job.targets.values())
+    moments = {
+        # Gradients: of the inputs of down_proj, and of the Khatri-Rao factors of the widest linear.
+        "last linear": tokens * (hidden + mlp + products) + products * wide,
+        # Of the product, the activation, up; the product itself and what down_proj saved are gone.
+        "product": tokens * (hidden + 2 * mlp - products),
+    }
+    if model.norms > 2:
+        moments["norm after the MLP"] = tokens * (hidden + norm)
+    if job.attention_kind == "eager":
+        # Of the probabilities, before and after the softmax, in fp32; what the MLP saved is gone.
+        mlp_saved = model.norms // 2 * model.hidden * FP32 + hidden + 4 * mlp + 4 * products
+        probabilities = model.heads * job.tokens * (2 * FP32 - element)
+        moments["softmax"] = tokens * (hidden + probabilities - mlp_saved)
+    recomputed = layer_bytes(job) if job.is_checkpointed(model.layers - 1) else 0
+    return max(tokens * (model.hidden * FP32 + norm), recomputed + max(moments.values()))
 
 
 def evaluation_bytes(job: Job) -> int:
-    """Of a forward pass over held-out rows: logits, the supervised ones apart, in fp32, and their log-softmax."""
-    per_logit = 2 * job.element_bytes + 2 * FP32
-    return job.eval_batch * job.tokens * job.architecture.vocab * per_logit
+    """The fullest moment of a forward pass over held-out rows: of a layer's MLP or attention, or of the loss."""
+    model, element, tokens = job.architecture, job.element_bytes, job.eval_batch * job.tokens
+    hidden, query, key = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    around = 3 * hidden * element + shared_bytes(job)  # embedded, the layer's input, and normed
+    moments = [around + (hidden + 3 * model.mlp) * element]  # the residual; activation, up, product
+    if job.attention_kind == "eager":  # q; k and v, and repeated; scores, also in fp32, and their softmax
+        moments.append(around + (3 * query + 2 * key) * element + model.heads * job.tokens * (element + 2 * FP32))
+    rounded = element if element < FP32 else 0
+    logits = _chunks_bytes(job, tokens, FP32, 2 * FP32, rounded + FP32)
+    return max(tokens * max(moments), tokens * 2 * hidden * element + logits)
+
+
+def _chunks_bytes(job: Job, tokens: int, kept: int, first: int, later: int) -> int:
+    """Of a chunk of supervised tokens; bytes of a logit: `first` and `later` chunks need, the one before has `kept`."""
+    one = min(CHUNK, tokens)
+    two = min(CHUNK, tokens - one)
+    return max(first * one, kept * one + later * two) * job.architecture.vocab
 
 
 def start_bytes(job: Job) -> int:

@@ -84,14 +84,18 @@ def nearest(wanted: Plan) -> list[tuple[str, Plan]]:
     """(what to change, the plan then) of settings near `wanted` that fit: one change each, or else several together."""
     job, fitting = wanted.job, partial(_fitting, cluster=wanted.cluster)
     found = [(_micro_batch(p.job), p) for p in map(fitting, smaller_micro_batches(job)) if p][:1]
-    found += [(text, p) for text, changed in _cheaper_settings(job) if (p := fitting(changed))]
+    single: dict[str, tuple[str, Plan]] = {}  # of each key the least change
+    for text, changed in _cheaper_settings(job):
+        if _key(text) not in single and (p := fitting(changed)):
+            single[_key(text)] = (text, p)
+    found += single.values()
     if not found:
-        texts = []
+        texts: dict[str, str] = {}
         for text, change in _cumulative(job):
-            texts.append(text)
+            texts[_key(text)] = text
             job = change
             if p := fitting(job):
-                found.append((" ".join(texts), p))
+                found.append((" ".join(texts.values()), p))
                 break
     return [*found[: MOST_SUGGESTIONS - 1], *_more_gpus(wanted)][:MOST_SUGGESTIONS]
 
@@ -121,6 +125,10 @@ def smaller_micro_batches(job: Job) -> Iterator[Job]:
             yield replace(job, micro_batch=micro)
 
 
+def _key(text: str) -> str:
+    return text.partition("=")[0]
+
+
 def _micro_batch(job: Job) -> str:
     return f"train.per_device_train_batch_size={job.micro_batch}"
 
@@ -129,8 +137,9 @@ def _cheaper_settings(job: Job) -> Iterator[tuple[str, Job]]:
     zero = "deepspeed.zero_optimization"
     if job.eval_batch > 1:
         yield "train.per_device_eval_batch_size=1", replace(job, eval_batch=1)
-    if job.checkpointing == "none":
-        yield "train.gradient_checkpointing=non_reentrant", replace(job, checkpointing="non_reentrant")
+    modes = {"none": ("selective", "non_reentrant"), "selective": ("non_reentrant",)}  # those that keep less
+    for mode in modes.get(job.checkpointing, ()):
+        yield f"train.gradient_checkpointing={mode}", replace(job, checkpointing=mode)
     if job.sharding.hpz > 1:
         without = replace(job, sharding=replace(job.sharding, hpz=1))
         yield f"{zero}.zero_hpz_partition_size=1", without

@@ -35,19 +35,17 @@ def gathered_elements(job: Job) -> int:
         return 0
     model = job.architecture
     layer = {name: job.gathered(out * into) for name, (out, into, _) in model.linears().items()}
-    forward = sum(layer.values()) * model.layers
-    if job.checkpointing == "none":  # backward ends at the first adapted layer
-        first = min(int(name.split(".")[2]) for name in job.targets)
-        backward = sum(layer.values()) * (model.layers - first)
-    elif job.checkpointing == "reentrant":
-        backward = forward
-    else:
+    whole = sum(layer.values())
+    # Backward ends at the first adapted layer, but where checkpointing asks for the embedding's gradient.
+    first = 0 if job.checkpointed_layers else min(int(name.split(".")[2]) for name in job.targets)
+    gathered = whole * (2 * model.layers - first)
+    if job.checkpointing in ("non_reentrant", "selective"):
         # The layer's last module starts the recomputation. It is gathered once, if it is the linear.
         once = 0 if model.norms > 2 else layer["mlp.down_proj"]
-        backward = (2 * sum(layer.values()) - once) * model.layers
+        gathered += (whole - once) * job.checkpointed_layers
     embedding = job.gathered(model.vocab * model.hidden)
     # The head in forward and backward; the embedding in forward, and where checkpointing asks for its gradient again.
-    return forward + backward + embedding * (3 if job.checkpointing == "none" else 4)
+    return gathered + embedding * (3 if job.checkpointing == "none" else 4)
 
 
 def traffic(job: Job, cluster: Cluster) -> Traffic:
@@ -69,15 +67,17 @@ def traffic(job: Job, cluster: Cluster) -> Traffic:
 
 def flop(job: Job) -> dict[str, int]:
     """FLOP of one optimizer step over all GPUs, by part; what causal attention skips is not counted."""
-    model, rank = job.architecture, job.adapter.r1 * job.adapter.r2
-    again = job.checkpointing != "none"  # forward is computed a second time
-    linears = model.layer_matrices * model.layers
-    adapted = sum(out + into for out, into in job.targets.values())
-    scores = model.layers * model.heads * model.head_dim * job.tokens // 2
+    model = job.architecture
+    again = job.checkpointed_layers  # their forward is computed a second time
+    adapted = recomputed = 0
+    for name, (out, into) in job.targets.items():
+        adapted += out + into
+        recomputed += (out + into) * job.is_checkpointed(int(name.split(".")[2]))
+    scores = model.heads * model.head_dim * job.tokens // 2
     return {
-        "base": (2 + 2 + 2 * again) * linears * job.step_tokens,
-        "adapter": (2 + 4 + 2 * again) * rank * adapted * job.step_tokens,
-        "attention": (4 + 8 + 4 * again) * scores * job.step_tokens,
+        "base": (4 * model.layers + 2 * again) * model.layer_matrices * job.step_tokens,
+        "adapter": (6 * adapted + 2 * recomputed) * job.rank * job.step_tokens,
+        "attention": (12 * model.layers + 4 * again) * scores * job.step_tokens,
         "head": 4 * model.vocab * model.hidden * job.step_tokens,
     }
 

@@ -9,8 +9,11 @@ from transformers import AutoTokenizer
 
 from abba.planning.job import Sharding
 from abba.sharded.engine import engine_config
+from abba.sharded.ranks import Ranks
 from tests import warm
 from tests.distributed.ranks import TINY, probe
+from tests.distributed.test_hierarchy import HPZ
+from tests.distributed.test_hierarchy import SHORT as ON_NODES
 from tests.models import tiny_model
 
 SETTLED = 2  # before that DeepSpeed records its trace of the model, and gathers more
@@ -23,9 +26,10 @@ SOME_AHEAD = [
 SHORT = ["train.max_steps=4", "train.eval_steps=4", "data.max_rows=64", "data.eval_rows=4"]
 
 
-def planned(directory, arguments, world):
+def planned(directory, arguments, on_node, nodes=1):
     """What launch/plan.py --json says of the same recipe."""
-    finished = warm.run(directory, "launch/plan.py", *arguments, "--gpus-per-node", str(world), "--json")
+    cluster = ["--nodes", str(nodes), "--gpus-per-node", str(on_node)]
+    finished = warm.run(directory, "launch/plan.py", *arguments, *cluster, "--json")
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 
@@ -49,6 +53,7 @@ def assert_equal_to_plan(found, plan):
         ("bf16", 2, ["model.dtype=bfloat16"]),
         ("reentrant", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=reentrant"]),
         ("none", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=none"]),
+        ("selective", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=selective"]),
     ],
 )
 def test_a_plan_is_what_happens(tmp_path, runs, arguments, name, world, more):
@@ -56,12 +61,18 @@ def test_a_plan_is_what_happens(tmp_path, runs, arguments, name, world, more):
     assert_equal_to_plan(found, planned(tmp_path, arguments("unused", *more), world))
 
 
+def test_a_second_copy_on_two_nodes_of_two_ranks(tmp_path, runs, arguments):
+    """The run of test_hierarchy.py."""
+    _, found = runs("layout-hpz", 4, *ON_NODES, HPZ, nodes=2)
+    assert_equal_to_plan(found, planned(tmp_path, arguments("unused", *ON_NODES, HPZ), 2, nodes=2))
+
+
 def test_what_is_gathered_at_once_stays_within_the_plan(tmp_path):
-    """The embedded model on four ranks, with prefetching; its tied head is gathered like any other weight."""
+    """The embedded model on two ranks, with prefetching; its tied head is gathered like any other weight."""
     arguments = ["--recipe", "quickstart", f"output_dir={tmp_path / 'run'}", *SOME_AHEAD, *SHORT]
     arguments.append("train.per_device_train_batch_size=4")
-    found = probe(4, tmp_path / "probe", arguments)
-    plan = planned(tmp_path / "plan", arguments, 4)
+    found = probe(2, tmp_path / "probe", arguments)
+    plan = planned(tmp_path / "plan", arguments, 2)
     assert_equal_to_plan(found, plan)
     live = max(rank["most_live_elements"] for rank in found) * 2
     assert live <= plan["gpu_memory_bytes"]["gathered layers"] <= 1.5 * live
@@ -79,7 +90,7 @@ def test_gemmas_last_module_of_a_layer_is_a_norm(tmp_path, arguments):
 
 
 def test_defaults_are_those_of_the_engine():
-    zero = DeepSpeedZeroConfig(**engine_config(torch.bfloat16, 1, 1, 1.0, {})["zero_optimization"])
+    zero = DeepSpeedZeroConfig(**engine_config(torch.bfloat16, 1, 1, 1.0, {}, Ranks())["zero_optimization"])
     limits = (zero.prefetch_bucket_size, zero.max_live_parameters, zero.reduce_bucket_size)
     assert Sharding() == Sharding(zero.zero_hpz_partition_size, zero.offload_param is not None, *limits)
 

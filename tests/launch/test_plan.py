@@ -22,10 +22,10 @@ def test_a_table_for_people(tmp_path):
 
 
 def test_what_does_not_fit_is_one_line_and_its_way_out_works(tmp_path):
-    arguments = ["--recipe", "gsm8k", "--gpus-per-node", "2", "--gpu-memory-gib", "20"]
+    arguments = ["--recipe", "gsm8k", "--gpus-per-node", "2", "--gpu-memory-gib", "15"]
     finished = plan(tmp_path, *arguments)
     assert finished.returncode == 64 and finished.stdout == "" and finished.stderr.count("\n") == 1
-    assert "GiB of 20 on each of 2 GPUs" in finished.stderr
+    assert "GiB of 15 on each of 2 GPUs" in finished.stderr
     way_out = re.search(r"fits with (\S+) \(", finished.stderr)[1]
     assert way_out.startswith("train.per_device_train_batch_size=")
     assert plan(tmp_path, *arguments, way_out).returncode == 0

@@ -9,14 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import abba.training.loss
 from abba import AdapterConfig, inject
 from abba.planning.architecture import architecture_of
 from abba.planning.job import Job
-from abba.planning.memory import backward_bytes, evaluation_bytes, kept_bytes, layer_bytes, loss_bytes
-from abba.training.loss import token_loss_sum
-from abba.training.model import enable_checkpointing
+from abba.planning.memory import CHUNK, backward_bytes, evaluation_bytes, kept_bytes, layer_bytes, loss_bytes
+from abba.training.batches import collate, lines_of
+from abba.training.loss import return_losses
+from abba.training.model import enable_checkpointing, packed_tokens
 
-ROWS, TOKENS, BF16 = 2, 128, 2
+BF16, NEAR = 2, 0.04
+ROWS_OF_TOKENS = (8, 128)  # two chunks of supervised tokens
 SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 896,
@@ -28,24 +31,45 @@ SHAPE = {
 }
 
 
-def build(family, attention, layers=3, vocab=256, mode="none", rank=4):
-    """(model with adapters in bf16, inputs with padding, the job that plans it)."""
+class Rows:
+    """As TokenizedRows: every row but the first ends in padding, or with `packing` two fill a line; all supervised."""
+
+    def __init__(self, rows, tokens, packing):
+        self._lengths = [tokens // 2] * (2 * rows) if packing else [tokens] + [tokens - 1] * (rows - 1)
+
+    def __len__(self):
+        return len(self._lengths)
+
+    def input_ids(self, row):
+        return torch.full((self._lengths[row],), 1 + row)
+
+    def length(self, row):
+        return self._lengths[row]
+
+    def prompt_length(self, row):
+        return 1
+
+
+def build(family, attention, layers=3, *, vocab=256, mode="none", rank=4, packing=False, shape=ROWS_OF_TOKENS, **more):
+    """(model with adapters in bf16 that returns losses, a batch as training makes it, the job that plans it)."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SHAPE, num_hidden_layers=layers, vocab_size=vocab)
+    config = AutoConfig.for_model(family, **SHAPE, num_hidden_layers=layers, vocab_size=vocab, **more)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).train()
     adapter = AdapterConfig(rank, rank, 16.0)
     inject(model, adapter)
     enable_checkpointing(model, mode)
-    ids = torch.randint(1, vocab, (ROWS, TOKENS))
-    mask = torch.ones_like(ids)
-    mask[0, -9:] = 0
-    architecture = architecture_of(config.to_dict(), family)
-    job = Job(architecture, adapter, 1, ROWS, ROWS, TOKENS, mode, BF16, attention)
-    return model, {"input_ids": ids, "attention_mask": mask, "use_cache": False}, job
+    return_losses(model)
+    rows, tokens = shape
+    data = Rows(rows, tokens, packing)
+    lines = lines_of(data, list(range(len(data))), packed_tokens(model, tokens) if packing else None)
+    batch = collate(data, lines, 0, torch.device("cpu"))
+    assert batch.input_ids.shape == shape
+    job = Job(architecture_of(config.to_dict(), family), adapter, 1, rows, rows, tokens, mode, BF16, attention)
+    return model, (batch.input_ids, batch.position_ids, batch.targets), replace(job, packing=packing)
 
 
-def saved_bytes(family, attention, layers):
-    model, inputs, _ = build(family, attention, layers)
+def saved_bytes(*model, **changes):
+    model, batch, job = build(*model, **changes)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
@@ -56,18 +80,26 @@ def saved_bytes(family, attention, layers):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**inputs)
-    return sum(storage.nbytes() for storage in storages.values())
+        model(*batch)
+    return sum(storage.nbytes() for storage in storages.values()), job
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(
-    "family, attention",
-    [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("qwen2", "sdpa"), ("gemma2", "eager")],
+    "family, attention, more",
+    [
+        ("llama", "sdpa", {}),
+        ("llama", "eager", {}),
+        ("mistral", "sdpa", {}),
+        ("mistral", "sdpa", {"sliding_window": 64}),
+        ("qwen2", "sdpa", {}),
+        ("gemma2", "eager", {}),
+    ],
 )
-def test_what_a_layer_saves(family, attention):
-    measured = saved_bytes(family, attention, 3) - saved_bytes(family, attention, 2)
+def test_what_a_layer_saves(family, attention, more, packing):
+    (three, job), (two, _) = (saved_bytes(family, attention, layers, packing=packing, **more) for layers in (3, 2))
     scaled_norms = 4 * SHAPE["hidden_size"] * 4 if family == "gemma2" else 0  # 1 + weight in fp32, of no size
-    assert layer_bytes(build(family, attention)[2]) + scaled_norms == measured
+    assert layer_bytes(job) + scaled_norms == three - two
 
 
 class Peak(TorchDispatchMode):
@@ -93,29 +125,66 @@ class Peak(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize("mode", ["none", "non_reentrant", "reentrant"])
-@pytest.mark.parametrize("family, attention", [("llama", "sdpa"), ("gemma2", "eager")])
-@pytest.mark.parametrize("vocab, rank", [(256, 4), (8192, 4), (256, 16)])
-def test_the_most_that_a_micro_batch_holds(family, attention, mode, vocab, rank):
-    """Few words: a layer's backward is the fullest moment; many: the loss; high ranks: the Khatri-Rao factors."""
-    model, inputs, job = build(family, attention, 3, vocab, mode, rank)
-    labels = inputs["input_ids"].clone()
+def peak_of_a_micro_batch(model, batch):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # under ZeRO-3 a gradient is reduced at once
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    inputs_and_labels = [inputs["input_ids"], inputs["attention_mask"], labels]
-    with Peak([*model.parameters(), *model.buffers(), *gradients, *inputs_and_labels]) as peak:
-        logits = model(**inputs).logits
-        token_loss_sum(logits, labels).backward()
-    planned = kept_bytes(job) + max(loss_bytes(job), backward_bytes(job))
-    assert planned == pytest.approx(peak.most, rel=0.06)
+    with Peak([*model.parameters(), *model.buffers(), *gradients, *batch]) as peak:
+        model(*batch).backward()
+    return peak.most
 
 
-def test_the_most_that_evaluation_holds():
-    model, inputs, job = build("llama", "sdpa", vocab=8192)
-    tensors = [inputs["input_ids"], inputs["attention_mask"]]
-    with torch.no_grad(), Peak([*model.parameters(), *model.buffers(), *tensors]) as peak:
-        logits = model(**inputs).logits
-        token_loss_sum(logits, inputs["input_ids"])
-    assert evaluation_bytes(replace(job, eval_batch=ROWS)) == pytest.approx(peak.most, rel=0.06)
+FEW, MANY = {"vocab": 256}, {"vocab": 8192}
+WIDE = {"vocab": 256, "rank": 16}
+LLAMA, GEMMA = ("llama", "sdpa"), ("gemma2", "eager")
+
+
+@pytest.mark.parametrize("model", [LLAMA, GEMMA])
+@pytest.mark.parametrize(
+    "mode, sizes",
+    [
+        ("none", FEW),
+        ("reentrant", FEW),
+        ("selective", FEW),
+        ("non_reentrant", FEW),
+        ("non_reentrant", WIDE),
+        ("none", MANY),
+        ("selective", MANY),
+    ],
+)
+def test_the_most_that_a_micro_batch_holds(model, mode, sizes):
+    """Few words: a layer's backward is the fullest moment; many: the loss; high ranks: the Khatri-Rao factors."""
+    model, batch, job = build(*model, 3, mode=mode, **sizes)
+    measured = peak_of_a_micro_batch(model, batch)
+    assert (loss_bytes(job) > backward_bytes(job)) == (sizes is MANY)
+    assert kept_bytes(job) + max(loss_bytes(job), backward_bytes(job)) == pytest.approx(measured, rel=NEAR)
+
+
+@pytest.mark.parametrize(
+    "model, layers, mode, packing, shape",
+    [
+        (LLAMA, 4, "selective", False, (8, 128)),
+        (LLAMA, 3, "selective", True, (2, 512)),
+        (LLAMA, 3, "none", True, (2, 512)),
+        (("llama", "eager"), 3, "non_reentrant", False, (2, 512)),
+        (GEMMA, 3, "non_reentrant", True, (2, 512)),
+    ],
+)
+def test_masks_long_rows_and_a_last_layer_that_keeps_all(model, layers, mode, packing, shape):
+    """Rows of 512 tokens in eager attention: the softmax is the fullest moment."""
+    model, batch, job = build(*model, layers, mode=mode, packing=packing, shape=shape)
+    assert kept_bytes(job) + backward_bytes(job) == pytest.approx(peak_of_a_micro_batch(model, batch), rel=NEAR)
+
+
+@pytest.mark.parametrize("vocab", [256, 8192])
+@pytest.mark.parametrize("model", [LLAMA, GEMMA])
+def test_the_most_that_evaluation_holds(model, vocab):
+    model, batch, job = build(*model, vocab=vocab)
+    with torch.no_grad(), Peak([*model.parameters(), *model.buffers(), *batch]) as peak:
+        model.eval()(*batch)
+    assert evaluation_bytes(replace(job, eval_batch=job.micro_batch)) == pytest.approx(peak.most, rel=NEAR)
+
+
+def test_a_chunk_is_that_of_the_loss():
+    assert CHUNK == abba.training.loss.CHUNK

@@ -60,6 +60,39 @@ def test_without_checkpointing_backward_ends_at_the_first_adapted_layer():
     assert whole.gathered - upper.gathered == 16 * layer * 2 + factors
 
 
+def test_selective_checkpointing_is_half_of_it():
+    """Of memory, of what is gathered a third time, of what is computed again; 32 layers, the last one keeps all."""
+    modes = {mode: plan(job(checkpointing=mode), NODE) for mode in ("none", "selective", "non_reentrant")}
+    none, half, whole = (modes[mode].gpu["activations kept"] for mode in modes)
+    assert half == (none + whole) // 2
+    none, half, whole = (modes[mode].flop["base"] + modes[mode].flop["adapter"] for mode in modes)
+    assert half == (none + whole) // 2
+    again = job().architecture.layer_matrices - 14336 * 4096
+    gathered = [modes[mode].traffic.gathered for mode in ("selective", "non_reentrant")]
+    assert gathered[1] - gathered[0] == 16 * again * 2
+    upper = AdapterConfig(layer_range=(31, 32))  # a layer that is not computed again
+    adapter = {mode: plan(job(checkpointing=mode, adapter=upper), NODE).flop["adapter"] for mode in modes}
+    assert adapter["none"] == adapter["selective"] < adapter["non_reentrant"]
+
+
+def test_of_checkpointing_the_least_that_fits_is_suggested():
+    wanted = plan(job(checkpointing="none"), Cluster(gpu_memory_gib=24))
+    assert "train.gradient_checkpointing=selective" in [text for text, _ in nearest(wanted)]
+    tighter = plan(job(checkpointing="none"), Cluster(gpu_memory_gib=12))
+    assert "train.gradient_checkpointing=non_reentrant" in [text for text, _ in nearest(tighter)]
+    together = nearest(plan(job("70B", checkpointing="none"), Cluster(gpu_memory_gib=16)))
+    keys = [change.partition("=")[0] for change in together[0][0].split()]
+    assert len(keys) > 2 and len(set(keys)) == len(keys), together[0][0]
+
+
+def test_packing_needs_the_mask_and_flash_attention_none():
+    plain, packed = (plan(job(packing=p, checkpointing="none"), NODE).gpu["activations kept"] for p in (False, True))
+    repeated, mask = 2 * (32 - 8) * 128 * 2, 1024 * 2
+    assert packed - plain == 4 * 1024 * (32 * (repeated + mask) + 1024)
+    flash = [plan(job(packing=p, attention="flash_attention_2"), NODE).gpu for p in (False, True)]
+    assert flash[0] == flash[1]
+
+
 def test_a_second_copy_keeps_the_base_off_the_network():
     two = Cluster(nodes=2)
     plain = plan(job(micro_batch=2), two)
@@ -116,7 +149,7 @@ def test_more_of_anything_needs_more():
 
 
 def test_a_wide_evaluation_can_be_what_does_not_fit():
-    wanted = plan(job(micro_batch=1, eval_batch=64), Cluster(gpu_memory_gib=60))
+    wanted = plan(job(micro_batch=1, eval_batch=256), Cluster(gpu_memory_gib=30))
     assert not wanted.fits and max(wanted.gpu, key=wanted.gpu.get) == "evaluation, beyond a step"
     assert [text for text, _ in nearest(wanted)] == ["train.per_device_eval_batch_size=1"]
     assert plan(job(eval_batch=1), NODE).gpu == plan(job(), NODE).gpu
@@ -130,7 +163,8 @@ def test_a_batch_or_a_group_that_cannot_be_shared_is_refused():
 
 
 def test_the_explanation_has_a_line_with_the_result_for_every_part():
-    for planned in (plan(job(), NODE), plan(job("70B", checkpointing="none", sharding=Sharding(hpz=8)), NODE)):
+    other = job("70B", checkpointing="selective", sharding=Sharding(hpz=8))
+    for planned in (plan(job(), NODE), plan(other, NODE), plan(job(checkpointing="none", eval_batch=256), NODE)):
         text = explain(planned)
         for part, size in planned.gpu.items():
             assert not size or any(
