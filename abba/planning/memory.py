@@ -105,9 +105,8 @@ def loss_bytes(job: Job) -> int:
     """The final norm in fp32, the hidden states, the supervised ones, their gradient; and of a chunk the logits."""
     model = job.architecture
     per_token = (model.hidden + 1) * FP32 + 3 * model.hidden * job.element_bytes
-    # In fp32 logits and log-softmax, with a cap its slope; during the next chunk this one's gradient, and slope.
-    kept, made = (1 + model.logit_cap) * FP32, (2 + model.logit_cap) * FP32
-    return job.micro_tokens * per_token + _chunks_bytes(job, job.micro_tokens, kept, made, made)
+    per_logit = (2 + model.logit_cap) * FP32  # logits and log-softmax, with a cap its slope
+    return job.micro_tokens * per_token + min(CHUNK, job.micro_tokens) * model.vocab * per_logit
 
 
 def backward_bytes(job: Job) -> int:
@@ -144,16 +143,8 @@ def evaluation_bytes(job: Job) -> int:
     moments = [around + (hidden + 3 * model.mlp) * element]  # the residual; activation, up, product
     if job.attention_kind == "eager":  # q; k and v, and repeated; scores, also in fp32, and their softmax
         moments.append(around + (3 * query + 2 * key) * element + model.heads * job.tokens * (element + 2 * FP32))
-    rounded = element if element < FP32 else 0
-    logits = _chunks_bytes(job, tokens, FP32, 2 * FP32, rounded + FP32)
+    logits = min(CHUNK, tokens) * model.vocab * 2 * FP32
     return max(tokens * max(moments), tokens * 2 * hidden * element + logits)
-
-
-def _chunks_bytes(job: Job, tokens: int, kept: int, first: int, later: int) -> int:
-    """Of a chunk of supervised tokens; bytes of a logit: `first` and `later` chunks need, the one before has `kept`."""
-    one = min(CHUNK, tokens)
-    two = min(CHUNK, tokens - one)
-    return max(first * one, kept * one + later * two) * job.architecture.vocab
 
 
 def start_bytes(job: Job) -> int:

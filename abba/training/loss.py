@@ -31,18 +31,8 @@ class FrozenHeadLoss(torch.autograd.Function):
         dhidden_SD = torch.empty_like(hidden_SD) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_SD), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits_CV = F.linear(hidden_SD[rows], weight_VD, bias_V).float()
-            if cap is not None:
-                logits_CV.div_(cap).tanh_()
-                slope_CV = 1 - logits_CV.square() if dhidden_SD is not None else None
-                logits_CV.mul_(cap)
-            total += F.cross_entropy(logits_CV, targets_S[rows], reduction="sum")
-            if dhidden_SD is not None:
-                dlogits_CV = torch.softmax(logits_CV, dim=-1, out=logits_CV)
-                dlogits_CV[torch.arange(len(dlogits_CV), device=dlogits_CV.device), targets_S[rows]] -= 1
-                if cap is not None:
-                    dlogits_CV.mul_(slope_CV)
-                torch.mm(dlogits_CV.to(weight_VD.dtype), weight_VD, out=dhidden_SD[rows])
+            dhidden_CD = dhidden_SD[rows] if dhidden_SD is not None else None
+            total += _chunk_loss(hidden_SD[rows], weight_VD, bias_V, targets_S[rows], cap, dhidden_CD)
         ctx.save_for_backward(*(() if dhidden_SD is None else (dhidden_SD,)))
         return total
 
@@ -51,6 +41,31 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx, dtotal: Tensor):
         (dhidden_SD,) = ctx.saved_tensors
         return dhidden_SD * dtotal.to(dhidden_SD.dtype), None, None, None, None
+
+
+def _chunk_loss(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_C: Tensor,
+    cap: float | None,
+    dhidden_CD: Tensor | None,
+) -> Tensor:
+    """Sum of the losses of a chunk; their gradient is written to `dhidden_CD`. Its logits end with this function."""
+    logits_CV = F.linear(hidden_CD, weight_VD, bias_V).float()
+    slope_CV = None
+    if cap is not None:
+        logits_CV.div_(cap).tanh_()
+        slope_CV = 1 - logits_CV.square() if dhidden_CD is not None else None
+        logits_CV.mul_(cap)
+    total = F.cross_entropy(logits_CV, targets_C, reduction="sum")
+    if dhidden_CD is not None:
+        dlogits_CV = torch.softmax(logits_CV, dim=-1, out=logits_CV)
+        dlogits_CV[torch.arange(len(dlogits_CV), device=dlogits_CV.device), targets_C] -= 1
+        if slope_CV is not None:
+            dlogits_CV.mul_(slope_CV)
+        torch.mm(dlogits_CV.to(weight_VD.dtype), weight_VD, out=dhidden_CD)
+    return total
 
 
 class LossHead(nn.Linear):
