@@ -103,7 +103,7 @@ BAD = {
     "recipe": ({"ABBA_RECIPE": "lama70b"}, [], 64, r"preflight: node1: recipe: 'lama70b': no such recipe file"),
     "base": (
         {}, ["model.name_or_path=meta-llama/Llama-3.1-70B"], 66,
-        r"preflight: node2: .*'meta-llama/Llama-3.1-70B' is neither a directory .* nor in the Hub cache",
+        r"preflight: node2: .*'meta-llama/Llama-3.1-70B' is neither a directory .* nor whole in the Hub cache",
     ),
     "space": ({"ABBA_SCRATCH_GIB": "1e9"}, [], 66, r"preflight: node2: no space on scratch: [\d.]+ GiB are free"),
     "scratch": ({"ABBA_SCRATCH": "/proc/nowhere"}, [], 66, r"preflight: node2: ABBA_SCRATCH: cannot make /proc/"),
