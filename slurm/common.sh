@@ -22,6 +22,7 @@ refuse() { # CODE MESSAGE
 #   ABBA_GPU_MEMORY_GIB  for training: of each GPU, for the plan                                   (80)
 #   ABBA_CHAIN           for training: no, and slurm/convert_evaluate.sh does not follow           (yes)
 #   ABBA_EVALUATE        arguments of launch/evaluate.py, such as "--limit 200"                    (none)
+#   ABBA_MEET_SECONDS    for training: how far apart nodes may start, such as while they fetch an image   (60)
 #   ABBA_MASTER_ADDR, ABBA_MASTER_PORT    where the ranks meet         (the first node, a port made of the job's number)
 : "${ABBA_MOUNTS:=}" "${ABBA_SCRATCH_GIB:=10}" "${ABBA_GPU_MEMORY_GIB:=80}" "${ABBA_CHAIN:=yes}" "${ABBA_EVALUATE:=}"
 export ABBA_ENV ABBA_MOUNTS ABBA_SCRATCH ABBA_SCRATCH_GIB ABBA_EVALUATE # to the next job too

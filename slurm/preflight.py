@@ -19,7 +19,7 @@ from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 ENVIRONMENT, STORAGE = 71, 66  # exit codes; those of recipe and base model are their own
-MEET_SECONDS = 60
+MEET_SECONDS = float(os.environ.get("ABBA_MEET_SECONDS", "60"))
 GIB = 2**30
 
 
@@ -143,7 +143,7 @@ def receive(address: tuple[str, int], guests: int, greeting: bytes) -> None:
                     guest.recv(1)  # until the guest closes: who closes first keeps the port busy for a minute
             except OSError:
                 what = f"{guests - came} other node(s) did not come to {host}:{port}"
-                raise RefusedError(ENVIRONMENT, f"{what} within {MEET_SECONDS} s; see what they say") from None
+                raise RefusedError(ENVIRONMENT, f"{what} within {MEET_SECONDS:g} s; see what they say") from None
 
 
 def visit(address: tuple[str, int], greeting: bytes) -> None:

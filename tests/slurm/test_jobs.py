@@ -108,7 +108,7 @@ BAD = {
     "space": ({"ABBA_SCRATCH_GIB": "1e9"}, [], 66, r"preflight: node2: no space on scratch: [\d.]+ GiB are free"),
     "scratch": ({"ABBA_SCRATCH": "/proc/nowhere"}, [], 66, r"preflight: node2: ABBA_SCRATCH: cannot make /proc/"),
     "address": (
-        {"ABBA_MASTER_ADDR": "192.0.2.1"}, [], 71,
+        {"ABBA_MASTER_ADDR": "192.0.2.1", "ABBA_MEET_SECONDS": "15"}, [], 71,
         r"preflight: node2: cannot reach the first node at 192.0.2.1:\d+: .*; see ABBA_MASTER_ADDR",
     ),
     "chain": ({"ABBA_CHAIN": "maybe"}, [], 64, "ABBA_CHAIN=maybe is neither yes nor no"),
@@ -133,7 +133,7 @@ def test_a_port_in_use(jobs, cluster):
         netns = ["ip", "netns", "exec", "abba-node1"]
         held = subprocess.Popen([*netns, *holder]) if (cluster / "mode").read_text().strip() == "netns" else None
         try:
-            job = jobs.train(jobs.root / "port", ABBA_MASTER_PORT=str(port))
+            job = jobs.train(jobs.root / "port", ABBA_MASTER_PORT=str(port), ABBA_MEET_SECONDS="15")
             refused(jobs, job, 71, rf"preflight: node1: port {port}, .*: Address already in use")
         finally:
             if held is not None:
