@@ -1,0 +1,93 @@
+"""Every benchmark runs, at toy size, and writes what it promises; times on a busy machine are not looked at."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tests import warm
+
+LAYER = ["--shapes", "96x64", "--tokens", "16", "--ranks", "2", "4", "--repetitions", "2"]
+STEP = [
+    "--width",
+    "64",
+    "--tokens",
+    "16",
+    "--repetitions",
+    "1",
+    "--methods",
+    "lora",
+    "loha",
+    "hira",
+    "dora",
+    "abba",
+    "full",
+]
+LOAD = ["--ranks", "1", "2", "--layers", "1", "--repetitions", "1"]
+
+
+def run(tmp_path, program, arguments):
+    finished = warm.run(tmp_path / "log", f"benchmarks/{program}.py", *arguments, "--output", str(tmp_path))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    record = json.loads((tmp_path / f"{program}.json").read_text())
+    assert record["machine"]["torch"] == torch.__version__ and f"benchmarks/{program}.py" in record["command"]
+    table = (tmp_path / f"{program}.md").read_text()
+    assert table.count("\n|") == len(record["rows"]) + 2
+    return record["rows"]
+
+
+def test_layer(tmp_path):
+    rows = run(tmp_path, "layer", LAYER)
+    of = {(row["dtype"], row["method"]): row for row in rows}
+    assert {dtype for dtype, _ in of} == {"bfloat16", "float32"}
+    methods = ["frozen", "lora", "dora", "hira", "loha", "textbook", "abba 16x16", "abba 2x2", "abba 4x4"]
+    assert [row["method"] for row in rows[: len(methods)]] == methods
+    assert all(len(row["seconds"]) == 2 for row in rows)
+    # x (16, 64) and h (16, 4) in fp32; textbook keeps its Khatri-Rao factors too.
+    assert of["float32", "abba 2x2"]["saved MB"] == pytest.approx((16 * 64 + 16 * 4) * 4 / 1e6)
+    assert of["float32", "textbook"]["saved MB"] > of["float32", "abba 16x16"]["saved MB"]
+    assert of["float32", "frozen"]["saved MB"] == 0
+
+
+def test_step(tmp_path):
+    rows = run(tmp_path, "step", STEP)
+    assert {row["checkpointing"] for row in rows} == {"none", "selective", "non_reentrant"}
+    trainable = {row["method"]: row["trainable"] for row in rows}
+    assert trainable["abba"] == trainable["lora"] == trainable["loha"] == trainable["hira"], "equal budgets"
+    assert trainable["full"] > trainable["abba"] and all(row["tokens/s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_load(tmp_path):
+    rows = run(tmp_path, "load", LOAD)
+    ours = [row for row in rows if row["way"] == "ours"]
+    assert [row["ranks"] for row in ours] == [1, 2]
+    assert ours[1]["read MB, most"] == pytest.approx(ours[0]["read MB, most"] / 2, rel=0.01)
+
+
+def test_the_textbook_layer_is_the_same_function(monkeypatch):
+    monkeypatch.syspath_prepend(warm.ROOT / "benchmarks")
+    from methods import adapt
+
+    x_TI, results = torch.randn(5, 24, generator=torch.Generator().manual_seed(1)), {}
+    for method in ("abba", "textbook"):
+        torch.manual_seed(0)
+        module = adapt(nn.Sequential(nn.Linear(24, 32, bias=False)), method, ["0"], rank=2)
+        y_TO = module(x_TI)
+        y_TO.square().sum().backward()
+        results[method] = [y_TO.detach(), *(p.grad for p in module.parameters() if p.requires_grad)]
+    assert len(results["abba"]) == 5
+    for ours, textbook in zip(results["abba"], results["textbook"], strict=True):
+        torch.testing.assert_close(ours, textbook, rtol=1e-4, atol=1e-5)
+
+
+def test_packing(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    stories = (warm.ROOT / "recipes/assets/stories/train.jsonl").read_text().splitlines()[:400]
+    rows.write_text("\n".join(stories) + "\n")
+    arguments = ["--rows", str(rows), "--count", "16", "--packed-rows", "4", "--hidden", "32", "--pieces", "400"]
+    arguments += ["--length", "512", "--repetitions", "1"]
+    found = {row["way"]: row for row in run(tmp_path, "packing", arguments)}
+    assert found["fixed"]["padding %"] > found["longest"]["padding %"] >= found["grouped"]["padding %"]
+    assert found["packed"]["most tokens"] <= 8 * 512
