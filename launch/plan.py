@@ -145,7 +145,7 @@ def sharding_of(zero: dict[str, Any]) -> Any:
     }
     given = {field: zero[key] for field, keys in names.items() for key in keys if key in zero}
     for field, value in given.items():
-        if type(value) not in (int, float) or value != int(value) or value < 0:
+        if type(value) not in (int, float) or not 0 <= value < math.inf or value != int(value):
             raise RecipeError(f"deepspeed.zero_optimization.{names[field][0]}: {value!r} is not a whole number")
     offload = zero.get("offload_param") or {}
     device = offload.get("device", "none") if isinstance(offload, dict) else offload

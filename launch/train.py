@@ -41,7 +41,7 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     # Imported here because it takes seconds: a mistake in the recipe is shown at once, by every launcher.
     import torch.distributed as dist
 
-    from abba.base_model import DTYPES
+    from abba.base_model import DTYPES, choose_attention, load_config
     from abba.checkpoint.format import step_directory
     from abba.sharded.engine import engine_config
     from abba.sharded.process_group import start_process_group
@@ -56,7 +56,7 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
     dtype = DTYPES[recipe.model.dtype]
     config = engine_config(dtype, micro_batch, accumulation, settings.max_grad_norm, recipe.deepspeed, ranks)
-    refuse_engine(recipe)
+    refuse_score(recipe)
 
     # Data: tokenised by launch/prepare.py, or now by rank 0 before anyone joins; the others find the result on disk.
     base, padding, data = prepare(recipe, ranks.is_main, say)
@@ -70,7 +70,8 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     # Resume: the newest valid checkpoint of this run, or none.
     wanted = recipe.checkpoint
     resumed = find_resume_point(wanted.resume, wanted.strict, directory.checkpoints, ranks, device, say)
-    identity = fingerprint(recipe.model_dump(mode="json"), data.sha256, base)
+    attention, _ = choose_attention(load_config(base), recipe.model.attn_implementation, device.type, dtype)
+    identity = fingerprint(recipe.model_dump(mode="json"), data.sha256, base, attention)
     if resumed is not None:
         refuse_changes(resumed, identity, wanted.allow_changed, steps, say)
 
@@ -112,6 +113,7 @@ def fit(
 ) -> None:
     """Train from step 0 or from `resumed` to `steps`; what it leaves is the checkpoints. `config` is DeepSpeed's."""
     from abba.sharded.checkpoint import save_checkpoint
+    from abba.sharded.engine import release
     from abba.training.finish import checkpoint_state
     from abba.training.loop import held_out_loss, train
     from abba.training.metrics import Reporter
@@ -151,6 +153,7 @@ def fit(
             evaluate=held_out if eval_rows else None,
             eval_steps=settings.eval_steps,
         )
+    release(engine)  # a score needs the memory
 
 
 def build(
@@ -216,14 +219,16 @@ def silent(line: str) -> None:
     """What ranks other than 0 say."""
 
 
-def refuse_engine(recipe: Recipe) -> None:
-    """Before the training and not after it: an engine for the score that cannot serve this adapter here."""
+def refuse_score(recipe: Recipe) -> None:
+    """Before the training and not after it: problems that cannot be used, an engine that cannot serve this adapter."""
     if recipe.evaluate is None:
         return
     from abba.base_model import DTYPES
     from abba.evaluation.engine import require_engine
+    from abba.evaluation.tasks import load_questions
 
     require_engine(recipe.evaluate.engine, recipe.adapter.r1 * recipe.adapter.r2, DTYPES[recipe.model.dtype])
+    load_questions(recipe.evaluate.task, recipe.evaluate.path, recipe.evaluate.limit)
 
 
 def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable[[str], None]) -> None:
@@ -265,13 +270,13 @@ def main() -> int:
         if arguments.dry_run:
             from abba.training.dry_run import dry_run
 
-            refuse_engine(recipe)
+            refuse_score(recipe)
             if ranks.is_main:
                 dry_run(recipe, ranks.world_size)
             return 0
         directory = RunDirectory(recipe.output_dir)
         world.failures = directory.failures
-        watch = Watch(world, before_exit=directory.release)
+        watch = Watch(world, before_exit=partial(directory.release, uncount=False))
         watch.start()
         say = partial(print, flush=True) if ranks.is_main else silent
         overwrite = recipe.overwrite_output_dir

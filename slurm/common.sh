@@ -20,11 +20,12 @@ refuse() { # CODE MESSAGE
 #   NCCL_SOCKET_IFNAME   the network interface, where NCCL does not find it by itself
 #   ABBA_RECIPE          for training: another recipe than the template's
 #   ABBA_GPU_MEMORY_GIB  for training: of each GPU, for the plan                                   (80)
+#   ABBA_PLAN            for training: no, and launch/plan.py is not asked whether it fits          (yes)
 #   ABBA_CHAIN           for training: no, and slurm/convert_evaluate.sh does not follow           (yes)
 #   ABBA_EVALUATE        arguments of launch/evaluate.py, such as "--limit 200"                    (none)
 #   ABBA_MEET_SECONDS    for training: how far apart nodes may start, such as while they fetch an image   (60)
 #   ABBA_MASTER_ADDR, ABBA_MASTER_PORT    where the ranks meet         (the first node, a port made of the job's number)
-: "${ABBA_MOUNTS:=}" "${ABBA_SCRATCH_GIB:=10}" "${ABBA_GPU_MEMORY_GIB:=80}" "${ABBA_CHAIN:=yes}" "${ABBA_EVALUATE:=}"
+: "${ABBA_MOUNTS:=}" "${ABBA_SCRATCH_GIB:=10}" "${ABBA_GPU_MEMORY_GIB:=80}" "${ABBA_PLAN:=yes}" "${ABBA_CHAIN:=yes}" "${ABBA_EVALUATE:=}"
 export ABBA_ENV ABBA_MOUNTS ABBA_SCRATCH ABBA_SCRATCH_GIB ABBA_EVALUATE # to the next job too
 export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
 
@@ -81,6 +82,9 @@ as_pyxis_mounts() { # a,b -> a:a,b:b
 # --- Steps: programs under srun, which the job's signals reach ------------------------------------------------------
 
 ASKED='' STEP='' INTERRUPTED=''
+# To SLURM the number of one element of an array means all of them.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+JOB=${JOB:-${SLURM_JOB_ID:-}}
 
 stop_asked() { # USR1 from SLURM: the end of the time limit, or a preemption. It is passed on to the running step.
     ASKED=yes INTERRUPTED=yes
@@ -148,17 +152,20 @@ check_nodes() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE, the recipe'
 
 check_plan() { # RECIPE OVERRIDES: does it fit these GPUs?
     local code=0
+    [ "$ABBA_PLAN" = yes ] || { say "ABBA_PLAN=$ABBA_PLAN: not asked whether it fits" && return; }
     on_first_node python launch/plan.py --recipe "$1" --nodes "$SLURM_JOB_NUM_NODES" --gpus-per-node "$RANKS_PER_NODE" \
         --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" "${@:2}" || code=$?
-    [ $code = 0 ] || leave $code "plan: see the lines above; nothing was started"
+    [ $code = 0 ] || leave $code "plan: see the lines above; nothing was started; ABBA_PLAN=no tries all the same"
 }
 
 # --- After it -------------------------------------------------------------------------------------------------------
 
 chain() { # after check_nodes: the next job, once; it starts when this one has ended well and vanishes when it has not
     if [ "$ABBA_CHAIN" = no ] || [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then return; fi
-    local next=(sbatch --parsable --dependency="afterok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes
+    local next=(sbatch --parsable --dependency="afterok:$JOB" --kill-on-invalid-dep=yes
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
+        ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} --gpus-per-node="$RANKS_PER_NODE"
+        --cpus-per-task="$((RANKS_PER_NODE * ${SLURM_CPUS_PER_TASK:-1}))"
         slurm/convert_evaluate.sh "$RUN")
     # This job's own SLURM_ variables would be the next one's defaults.
     # shellcheck disable=SC2046  # names, which hold no spaces
@@ -177,7 +184,7 @@ leave() { # CODE MESSAGE
 }
 
 preempted() { # for a job of a higher partition; SLURM's own requeue would come later, and not to a job that has ended
-    scontrol -o show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+    scontrol -o show job "$JOB" | grep -q ' PreemptTime=[0-9]'
 }
 
 # Only these two requeue: scancel sends TERM as well, and what was cancelled must not come back.
@@ -185,7 +192,7 @@ requeue_or_leave() { # CODE
     [ -n "$ASKED" ] || preempted || leave "$1" "stopped by neither the time limit nor a preemption; the same sbatch command continues"
     say "asked to stop and saved: requeued, to continue where it stands"
     remove_scratch
-    scontrol requeue "$SLURM_JOB_ID" || leave "$1" "it cannot be requeued; the same sbatch command continues"
+    scontrol requeue "$JOB" || leave "$1" "it cannot be requeued; the same sbatch command continues"
     exit "$1"
 }
 

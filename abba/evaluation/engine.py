@@ -73,6 +73,10 @@ def why_not_vllm(rank: int | None, dtype: torch.dtype) -> str | None:
     """Why vLLM does not serve an adapter of LoRA rank `rank` here, or None."""
     if importlib.util.find_spec("vllm") is None:
         return "vllm is not installed"
+    try:
+        vllm_version()
+    except RecipeError as error:
+        return error.reason
     if rank is not None and vllm_rank(rank) is None:
         return f"the adapter's LoRA rank r1*r2 = {rank} is above vLLM's 512"
     if rank is not None and dtype != torch.bfloat16:

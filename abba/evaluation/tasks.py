@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from abba.errors import DataError, RecipeError
 from abba.text.answers import extract_answer, same_answer
-from abba.text.rows import BadRows, RowSource, usable_rows
+from abba.text.rows import LOCAL_FORMATS, BadRows, RowSource, usable_rows
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,12 @@ def load_questions(name: str, path: str | None, limit: int | None) -> list[tuple
     if name not in TASKS:
         raise RecipeError(f"task {name!r}: is unknown; there is {', '.join(TASKS)}")
     task = TASKS[name]
+    is_file = path is not None and Path(path).suffix in LOCAL_FORMATS  # whose only split is called train
     source = RowSource(
         path=path or task.hub_path,
-        name=None if path else task.hub_name,
+        name=task.hub_name if path in (None, task.hub_path) else None,
         revision=None,
-        split="train" if path else task.split,
+        split="train" if is_file else task.split,
         instruction_field=task.instruction_field,
         input_field=None,
         response_field=task.response_field,

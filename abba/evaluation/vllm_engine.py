@@ -27,7 +27,7 @@ def vllm_version() -> str:
         from vllm import __version__
     except Exception as error:  # its libraries are those of one torch and one CUDA
         reason = first_line(error)
-        raise RecipeError(f"engine vllm: cannot be imported: {reason}; choose the engine transformers") from None
+        raise RecipeError(f"vllm cannot be imported: {reason}") from None
     return __version__
 
 

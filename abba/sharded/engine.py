@@ -129,6 +129,20 @@ def local_masters(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tens
         yield f"{MASTER}/{name}", _without_padding(parameter, safe_get_local_fp32_param(parameter))
 
 
+def release(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Give the memory of the sharded model back; the engine is of no use afterwards.
+
+    DeepSpeed's hooks keep engine and model alive in C++, where Python's garbage collector does not see the cycle.
+    """
+    parameters, inner = list(engine.module.parameters()), engine.optimizer.optimizer
+    engine.destroy()
+    inner.state.clear()
+    for parameter in parameters:
+        for held in (parameter, parameter.ds_tensor, parameter.ds_secondary_tensor):
+            if held is not None:
+                held.data = held.data.new_empty(0)
+
+
 def _without_padding(parameter: nn.Parameter, local: Tensor) -> Tensor:
     start, stop = _bounds(parameter)
     return local[: stop - start].detach().float().cpu().clone()

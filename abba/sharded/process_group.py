@@ -41,7 +41,7 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     else:
-        accelerator.set_device(ranks.local_rank)
+        accelerator.set_device(_device_index(ranks.local_rank, accelerator.device_count()))
     backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
     try:
         timeout = timedelta(seconds=timeout_seconds)
@@ -56,7 +56,20 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
             f"joined as rank {dist.get_rank()} of {dist.get_world_size()} where {ranks.launcher} promised "
             f"{ranks.rank} of {ranks.world_size}; is the MPI that started us the one we were built for?"
         )
-    return torch.device(accelerator.device_name(ranks.local_rank) if accelerator.device_name() != "cpu" else "cpu")
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    return torch.device(accelerator.device_name(_device_index(ranks.local_rank, accelerator.device_count())))
+
+
+def _device_index(local_rank: int, visible: int) -> int:
+    """Which of the visible GPUs is this rank's: the only one, where the launcher shows each rank its own."""
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise RankLostError(
+            f"rank {local_rank} of this node has no GPU: {visible} are visible; start as many ranks as there are GPUs"
+        )
+    return local_rank
 
 
 def _meeting_point(ranks: Ranks) -> tuple[str, str]:

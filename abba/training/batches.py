@@ -125,7 +125,9 @@ class BatchPlan:
         if self._length is not None:
             rows.sort(key=self._length)
         groups = [rows[start : start + self._micro] for start in range(0, self._global, self._micro)]
-        return groups[rank::world_size]
+        # The last rank's rows would be the longest in every step: ranks take turns.
+        first = (rank + step) % world_size if self._length is not None else rank
+        return groups[first::world_size]
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:

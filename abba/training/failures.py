@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from abba.errors import AbbaError, CheckpointError, RankLostError, first_line
+from abba.errors import AbbaError, CheckpointError, RankLostError, RecipeError, first_line
 from abba.storage import read_json, write_json
 from abba.training.processes import machine, own_start_time, process_started
 
@@ -147,6 +147,12 @@ def fail(error: BaseException, world: World) -> None:
     trace, rank = "", world.rank
     if isinstance(error, AbbaError):
         line, failure = str(error), Failure(rank, f"rank {rank} failed {world.at()}: {error}", error.exit_code)
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        error = RecipeError(
+            f"rank {rank} ran out of GPU memory {world.at()}: {first_line(error)}; lower "
+            "train.per_device_train_batch_size or data.max_length, or ask launch/plan.py what fits"
+        )
+        line, failure = str(error), Failure(rank, error.reason, error.exit_code)
     elif world.world_size > 1 and breaks_connection(error):
         cause = world.cause_of(error)
         code = cause.exit_code if cause.exit_code > 1 else RankLostError.exit_code

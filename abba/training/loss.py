@@ -40,7 +40,7 @@ class FrozenHeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dtotal: Tensor):
         (dhidden_SD,) = ctx.saved_tensors
-        return dhidden_SD * dtotal.to(dhidden_SD.dtype), None, None, None, None
+        return (dhidden_SD * dtotal.float()).to(dhidden_SD.dtype), None, None, None, None
 
 
 def _chunk_loss(

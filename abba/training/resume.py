@@ -36,21 +36,23 @@ class ResumePoint:
     state: CheckpointState
 
 
-def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path) -> dict[str, Any]:
+def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: str) -> dict[str, Any]:
     """What decides the numbers of a run: batch, data, base, adapter, software; never accumulation or world size.
 
     Data and base are known by their content, so that they may move: the hash of the tokens, that of the base's
-    config.json, and, added once it is loaded, the checksum of its weights.
+    config.json, and, added once it is loaded, the checksum of its weights. `attention` is what the recipe's choice,
+    which may be "auto", comes to on this machine.
     """
     model = {key: value for key, value in recipe["model"].items() if key not in ("name_or_path", "revision")}
-    data = recipe["data"]
+    data, software = recipe["data"], (*SOFTWARE, *(("flash_attn",) if attention.startswith("flash") else ()))
+    config = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     packing = data["max_length"] if data["packing"] else None  # the rows of a line decide how sums are rounded
     return {
         "train": {key: value for key, value in recipe["train"].items() if key not in BYSTANDERS},
         "data": {"tokens": tokens, "eval_rows": data["eval_rows"], "packing": packing},
         "adapter": recipe["adapter"],
-        "model": {**model, "config": hashlib.sha256((base / "config.json").read_bytes()).hexdigest()},
-        "software": {name: importlib.metadata.version(name) for name in SOFTWARE},
+        "model": {**model, "attn_implementation": attention, "config": config},
+        "software": {name: importlib.metadata.version(name) for name in software},
     }
 
 

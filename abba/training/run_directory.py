@@ -70,7 +70,7 @@ class RunDirectory:
         self._lock.confirm()
 
     def release(self, uncount: bool) -> None:
-        """Let the next start have it at once; `uncount` this one, unless it was a crash."""
+        """Let the next start have it at once; `uncount` this one, unless it crashed or never came to a save."""
         if self._lock is not None and self._lock.is_ours():
             if uncount:
                 self._starts.unlink(missing_ok=True)

@@ -32,7 +32,7 @@ SAME_REQUEST_SECONDS = 2
 class Watch:
     """The watch of one rank over itself."""
 
-    def __init__(self, world: World, before_exit: Callable[[bool], None]) -> None:
+    def __init__(self, world: World, before_exit: Callable[[], None]) -> None:
         self.requested = 0  # the signal that asked the loop for a stop
         self._world, self._before_exit = world, before_exit
         self._grace: float | None = None  # set while the loop looks at `requested`
@@ -131,7 +131,7 @@ class Watch:
             print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
             if announce:
                 self._world.announce(Failure(rank, error.reason, error.exit_code))
-            self._before_exit(isinstance(error, PreemptedError))
+            self._before_exit()
         finally:  # whatever the disk says, this rank does not stay
             os._exit(error.exit_code)
 

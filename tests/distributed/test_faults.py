@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests import warm
 from tests.distributed.ranks import probe, read_metrics, run_ranks
 
 ARGUMENTS = ["checkpoint.save_steps=1", "train.max_steps=4"]
@@ -36,3 +37,11 @@ def test_ranks_that_wait_for_the_data_learn_that_rank_0_failed(tmp_path, argumen
     finished = run_ranks(tmp_path / "ranks", [command, command])
     assert [rank.returncode for rank in finished] == [65, 65]
     assert "rows have no field 'nothing'" in finished[0].stderr and "rank 0 failed" in finished[1].stderr
+
+
+def test_nothing_of_the_model_is_held_when_it_is_scored(arguments, tmp_path):
+    ended = warm.run(
+        tmp_path / "log", "tests/distributed/released.py", *arguments(tmp_path / "run", "train.max_steps=1")
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "\nheld 0\n" in ended.stdout

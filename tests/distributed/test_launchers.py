@@ -5,6 +5,7 @@ import os
 import pytest
 
 from abba.errors import RankLostError
+from abba.sharded.process_group import _device_index
 from abba.sharded.ranks import Ranks, ranks_from_environment
 from tests import warm
 
@@ -68,3 +69,13 @@ def test_what_makes_no_rank_is_refused(under, variables, said):
     with pytest.raises(RankLostError, match="^rank lost: ") as error:
         under(variables)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("local_rank", "visible", "index"), [(0, 8, 0), (7, 8, 7), (3, 1, 0)])
+def test_each_rank_has_a_gpu_its_own_or_the_only_one_it_is_shown(local_rank, visible, index):
+    assert _device_index(local_rank, visible) == index
+
+
+def test_more_ranks_than_gpus_are_refused():
+    with pytest.raises(RankLostError, match="rank 4 of this node has no GPU: 4 are visible; start as many ranks"):
+        _device_index(4, 4)

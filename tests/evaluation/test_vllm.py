@@ -151,3 +151,11 @@ def test_the_real_vllm_says_what_the_native_layers_say(adapter, tmp_path):
     lines = (tmp_path / "out/generations.jsonl").read_text().splitlines()
     _, native = scored(tmp_path / "native", adapter, "transformers")
     assert sum(json.loads(line)["generated"] == text for line, text in zip(lines, native, strict=True)) >= 0.8 * LIMIT
+
+
+def test_the_engine_auto_does_without_a_vllm_that_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    assert why_not_vllm(None, torch.float32) == "vllm cannot be imported: libcudart.so.13: cannot open"

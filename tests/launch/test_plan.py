@@ -80,6 +80,11 @@ def test_the_table_of_gpus(tmp_path):
         (64, ["--recipe", "gsm8k", "deepspeed.zero_optimization.stage3_max_live_parameters=many"], "'many' is not"),
         (65, ["--recipe", "gsm8k", "--rows", "31"], "fewer than train.global_batch_size=32"),
         (66, ["--recipe", "gsm8k", "model.name_or_path=recipes"], "config.json"),
+        (
+            64,
+            ["--recipe", "gsm8k", "deepspeed.zero_optimization.stage3_max_live_parameters=.inf"],
+            "stage3_max_live_parameters: inf is not a whole number",
+        ),
         (2, ["--recipe", "gsm8k", "--nodes", "0"], "'0' is not a whole number of at least 1"),
         (2, ["--recipe", "gsm8k", "--gpu-memory-gib", "-8"], "'-8' is not a number above 0"),
         (2, ["--recipe", "gsm8k", "--gpu-tflops", "inf"], "'inf' is not a number above 0"),

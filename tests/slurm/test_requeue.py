@@ -85,3 +85,21 @@ def test_the_next_job_outlives_a_requeue(jobs, counting):
     assert jobs.show(following)["JobState"] == "PENDING"
     assert jobs.wait(job) == "COMPLETED"
     assert jobs.wait(following) == "COMPLETED", jobs.log(following)
+
+
+def test_an_array_element_that_comes_back_comes_alone(jobs, counter):
+    """To SLURM the number of one element's job is that of the whole array."""
+    sweep = jobs.root / "a sweep that is stopped"
+    options = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--array=0-1"]
+    variables = {"ABBA_RATES": "1e-3 2e-3", "ABBA_SWEEP": str(sweep), "ABBA_CHAIN": "no", **counter}
+    job = jobs.submit(*options, "slurm/sweep.sh", **variables)
+    elements = {f"{job}_0": sweep / "1e-3", f"{job}_1": sweep / "2e-3"}
+    for element, run in elements.items():
+        jobs.until_step(element, run, 3)
+    master = next(element for element in elements if jobs.show(element)["JobId"] == job)
+    jobs.control("scancel", "--batch", "--signal=USR1", master)
+    jobs.until_restarted(master, 1)
+    for element, run in elements.items():
+        assert jobs.wait(element) == "COMPLETED"
+        assert jobs.show(element)["Restarts"] == str(int(element == master))
+        assert steps(run) == list(range(1, 61))

@@ -251,3 +251,13 @@ def test_held_out_rows_are_disjoint_and_a_function_of_the_seed():
     train, held_out = split_rows(50, 8, 3)
     assert len(held_out) == 8 and not set(train) & set(held_out) and len(train) == 42
     assert split_rows(50, 8, 3) == (train, held_out) and split_rows(50, 8, 4)[1] != held_out
+
+
+def test_ranks_take_turns_with_the_longest_rows(tmp_path, tokenizer):
+    data = prepared(tmp_path, tokenizer, source(STORIES / "train.jsonl", max_rows=512))
+    plan, world = BatchPlan(list(range(512)), 32, 4, 7, data.length), 8
+    tokens = [
+        sum(data.tokens(rows) for step in range(16) for rows in plan.micro_batches(step, rank, world))
+        for rank in range(world)
+    ]
+    assert max(tokens) < 1.05 * min(tokens)

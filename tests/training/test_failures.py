@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from abba.errors import CheckpointError, NoProgressError, RankLostError
 from abba.training import failures
@@ -61,7 +62,7 @@ def test_silent_ranks_are_named_when_nobody_knows_the_cause(tmp_path, monkeypatc
 
 
 def test_a_rank_that_is_told_to_end_ends_even_when_the_disk_fails(tmp_path):
-    def failing(uncount):
+    def failing():
         raise OSError(5, "Input/output error")
 
     child = os.fork()
@@ -90,12 +91,12 @@ def ended(prepare):
 def test_a_rank_that_is_ended_because_of_another_has_that_ones_exit_code(tmp_path):
     """A launcher that ends all at the first bad exit gives the highest code, and 75 would stand for "saved"."""
     world(0, tmp_path / "failures").announce(Failure(0, "no such file", 65))
-    assert ended(lambda: Watch(world(1, tmp_path / "failures"), lambda uncount: None).start()) == 65
+    assert ended(lambda: Watch(world(1, tmp_path / "failures"), lambda: None).start()) == 65
 
 
 def test_a_rank_that_is_ended_while_it_ends_keeps_its_own_exit_code(tmp_path):
     def ending():
-        watch = Watch(world(1, tmp_path / "failures"), lambda uncount: None)
+        watch = Watch(world(1, tmp_path / "failures"), lambda: None)
         watch.start()
         watch.stop(66)
 
@@ -170,3 +171,27 @@ def test_rank_0_waits_for_the_others_to_end_but_not_for_ever(monkeypatch):
     assert process.poll() == 0 and time.monotonic() - began < 20
     monkeypatch.setattr(failures, "PARTING_SECONDS", 0.2)
     wait_for_end([Peer(os.getpid(), process_started(os.getpid()))])
+
+
+def test_a_gpu_without_memory_is_a_line_with_a_way_out(tmp_path, capfd):
+    def out_of_memory():
+        failures.fail(
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), world(0, tmp_path, size=1)
+        )
+
+    assert ended(out_of_memory) == 64
+    said = capfd.readouterr().err
+    assert said.startswith("recipe: rank 0 ran out of GPU memory") and "Traceback" not in said
+    assert "Tried to allocate 2.00 GiB; lower train.per_device_train_batch_size" in said
+
+
+def test_starts_that_are_stopped_before_a_save_are_counted(tmp_path):
+    """A job that loads longer than its time limit would requeue itself for ever."""
+    directory = RunDirectory(tmp_path / "run")
+    for _ in range(3):
+        with directory.held("auto", False, None, lambda line: None):
+            directory.release(uncount=False)  # as the watch does at a signal outside the steps
+            (directory.path / "starts.json").rename(directory.path / "kept")  # what follows would be a good end
+        (directory.path / "kept").rename(directory.path / "starts.json")
+    with pytest.raises(NoProgressError), directory.held("auto", False, None, lambda line: None):
+        pass

@@ -12,7 +12,7 @@ from abba.adapter.config import AdapterConfig
 from abba.adapter.inject import inject
 from abba.errors import RecipeError
 from abba.training.batches import collate, lines_of
-from abba.training.loss import IGNORED, return_losses, token_loss_sum
+from abba.training.loss import IGNORED, FrozenHeadLoss, return_losses, token_loss_sum
 from abba.training.model import enable_checkpointing, packed_tokens
 from tests.models import FAMILIES, randomize_factors, tiny_model
 
@@ -179,3 +179,14 @@ def test_checkpointing_runs_these_layers_twice_and_gives_the_same_gradients(mode
     expected, others = loss_and_gradients(plain, batch)
     assert torch.equal(loss, expected)
     assert all(torch.equal(others[name], gradient) for name, gradient in gradients.items())
+
+
+def test_in_bf16_the_gradient_is_scaled_before_it_is_rounded():
+    torch.manual_seed(0)
+    hidden_SD, weight_VD = torch.randn(7, 32).bfloat16(), torch.randn(50, 32).bfloat16()
+    targets_S, scale = torch.randint(50, (7,)), 1.0 / 771  # which bf16 has not
+    leaf = hidden_SD.clone().requires_grad_()
+    (FrozenHeadLoss.apply(leaf, weight_VD, None, targets_S, None) * scale).backward()
+    whole = hidden_SD.clone().requires_grad_()
+    FrozenHeadLoss.apply(whole, weight_VD, None, targets_S, None).backward()
+    assert torch.equal(leaf.grad, (whole.grad.float() * scale).bfloat16())
