@@ -14,6 +14,7 @@ from tests import warm
 from tests.distributed.ranks import TINY, probe
 from tests.distributed.test_hierarchy import HPZ
 from tests.distributed.test_hierarchy import SHORT as ON_NODES
+from tests.faults.harness import beyond_make_test
 from tests.models import tiny_model
 
 SETTLED = 2  # before that DeepSpeed records its trace of the model, and gathers more
@@ -67,6 +68,7 @@ def test_a_second_copy_on_two_nodes_of_two_ranks(tmp_path, runs, arguments):
     assert_equal_to_plan(found, planned(tmp_path, arguments("unused", *ON_NODES, HPZ), 2, nodes=2))
 
 
+@beyond_make_test
 def test_what_is_gathered_at_once_stays_within_the_plan(tmp_path):
     """The embedded model on two ranks, with prefetching; its tied head is gathered like any other weight."""
     arguments = ["--recipe", "quickstart", f"output_dir={tmp_path / 'run'}", *SOME_AHEAD, *SHORT]

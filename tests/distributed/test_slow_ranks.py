@@ -10,6 +10,7 @@ import pytest
 
 from tests import warm
 from tests.distributed.ranks import free_port, read_metrics, run_ranks
+from tests.faults.harness import beyond_make_test
 
 STEPS = [
     "train.max_steps=4",
@@ -53,12 +54,14 @@ def test_a_rank_that_is_slow_at_computing(tmp_path, arguments):
         assert 0.7 < excess / (2 * 14 * 0.08) < 2  # a sleep takes longer than it says where processors are few
 
 
+@beyond_make_test
 def test_ranks_that_are_equally_slow_are_not_named(tmp_path, arguments):
     lines, intervals = slow_run(tmp_path, arguments, "forward", "all", 0.1)
     assert lines == []
     assert all(record["other_ranks_median_own_seconds"] > 2 * 14 * 0.1 for record in intervals)
 
 
+@beyond_make_test
 def test_a_rank_whose_process_is_stopped_again_and_again(tmp_path, arguments):
     """As on a machine that swaps, or that somebody else uses: the kernel stops rank 0 three quarters of the time."""
     run = tmp_path / "run"
