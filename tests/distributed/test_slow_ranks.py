@@ -44,6 +44,7 @@ def test_a_rank_that_is_slow_at_its_data(tmp_path, arguments):
         assert found["slowest_rank_own_seconds"] - found["other_ranks_median_own_seconds"] == pytest.approx(3, rel=0.3)
 
 
+@beyond_make_test
 def test_a_rank_that_is_slow_at_computing(tmp_path, arguments):
     """Each of 14 layers, in forward and in its recomputation, while the other rank waits at the next one."""
     lines, intervals = slow_run(tmp_path, arguments, "forward", "1", 0.08)
