@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+FAULTS := tests/faults tests/slurm/test_preemption.py
 
 .PHONY: help quickstart test test-slow test-faults test-slurm lint clean
 
@@ -31,7 +32,8 @@ test-slow: $(INSTALLED)
 
 test-faults: $(INSTALLED)
 	mkdir -p runs
-	ABBA_TRIALS=$${ABBA_TRIALS:-100} ABBA_TABLE=runs/faults.json $(BIN)/python -m pytest tests/faults
+	tests/slurm/cluster.sh install
+	ABBA_TRIALS=$${ABBA_TRIALS:-100} ABBA_TABLE=runs/faults.json $(BIN)/python -m pytest $(FAULTS)
 
 test-slurm: $(INSTALLED)
 	tests/slurm/cluster.sh install
