@@ -55,15 +55,26 @@ def collate(data: TokenizedRows, lines: list[list[int]], padding: int, device: t
 def lines_of(data: TokenizedRows, rows: list[int], most: float | None) -> list[list[int]]:
     """`rows` on as few lines of at most `most` tokens as first-fit finds; on a line each where `most` is None.
 
-    Lines are padded to the longest of them: so they are made as equal as possible, which leaves hardly any padding. A
-    row that is longer than `most` has a line of its own.
+    Lines are padded to the longest: of the limits that give as few lines the lowest is searched by bisection (MULTIFIT,
+    Coffman et al. 1978). A row that is longer than `most` has a line of its own.
     """
     if most is None:
         return [[row] for row in rows]
     longest_first = sorted(rows, key=data.length, reverse=True)
-    tight = _first_fit(data, longest_first, most)
-    equal = _onto_the_shortest(data, longest_first, len(tight))
-    return min(equal, tight, key=lambda lines: max(sum(map(data.length, line)) for line in lines))
+    lines = _first_fit(data, longest_first, most)
+    low, high = sum(map(data.length, rows)) // len(lines), _longest(data, lines)
+    while low < high:
+        limit = (low + high) // 2
+        tried = _first_fit(data, longest_first, limit)
+        if len(tried) <= len(lines):
+            lines, high = tried, limit
+        else:
+            low = limit + 1
+    return lines
+
+
+def _longest(data: TokenizedRows, lines: list[list[int]]) -> int:
+    return max(sum(map(data.length, line)) for line in lines)
 
 
 def _first_fit(data: TokenizedRows, rows: list[int], most: float) -> list[list[int]]:
@@ -77,16 +88,6 @@ def _first_fit(data: TokenizedRows, rows: list[int], most: float) -> list[list[i
             left.append(most)
         lines[line].append(row)
         left[line] -= length
-    return lines
-
-
-def _onto_the_shortest(data: TokenizedRows, rows: list[int], count: int) -> list[list[int]]:
-    lines: list[list[int]] = [[] for _ in range(count)]
-    lengths = [0] * count
-    for row in rows:
-        line = lengths.index(min(lengths))
-        lines[line].append(row)
-        lengths[line] += data.length(row)
     return lines
 
 
