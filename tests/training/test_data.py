@@ -134,7 +134,6 @@ def test_lines_are_of_one_length():
     assert len(sizes) * max(sizes) <= 1.03 * sum(sizes), "hardly any padding"
 
 
-
 def test_rows_of_like_length_share_a_micro_batch_of_the_same_global_batch(tmp_path, tokenizer):
     data = prepared(tmp_path, tokenizer, source(STORIES / "test.jsonl", max_rows=64))
     plain, grouped = (BatchPlan(list(range(64)), 16, 4, 7, length) for length in (None, data.length))
