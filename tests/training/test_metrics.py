@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from abba.base_model import choose_attention
 from abba.training import metrics
+from abba.training.startup import Startup
 
 RECORD = {"loss": 1.25, "tokens_per_second": 1234.5, "learning_rate": 1e-3, "grad_norm": 0.5, "step_seconds": 0.1}
 
@@ -17,7 +18,7 @@ RECORD = {"loss": 1.25, "tokens_per_second": 1234.5, "learning_rate": 1e-3, "gra
 def said(tmp_path, monkeypatch, terminal):
     screen = io.StringIO()
     monkeypatch.setattr(metrics, "Console", lambda **k: Console(file=screen, force_terminal=terminal, width=120, **k))
-    with metrics.Reporter(tmp_path / "metrics.jsonl", steps=25, logging_steps=10) as reporter:
+    with metrics.Reporter(tmp_path / "metrics.jsonl", steps=25, logging_steps=10, startup=Startup()) as reporter:
         for step in range(1, 26):
             reporter.step({"step": step, **RECORD})
             if step == 20:
@@ -31,8 +32,8 @@ def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
     assert [line.split()[1] for line in lines if "loss 1.25" in line] == ["1/25", "10/25", "20/25", "25/25"]
     assert "step 20/25  eval loss 0.5000" in lines
     assert "ETA 0:00:0" in lines[0] and "1,234 tokens/s" in lines[0]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 27
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[3])["step"] == 4
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 28
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[4])["step"] == 4
 
 
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
@@ -57,14 +58,14 @@ def test_lines_that_a_full_disk_refuses_are_written_when_it_is_empty_again(tmp_p
         def close(self):
             self.file.close()
 
-    with metrics.Reporter(tmp_path / "metrics.jsonl", steps=100, logging_steps=10) as reporter:
+    with metrics.Reporter(tmp_path / "metrics.jsonl", steps=100, logging_steps=10, startup=Startup()) as reporter:
         reporter._file = disk = Disk(reporter._file)
         for step in range(1, 101):
             if step in (10, 60):
                 disk.room = 100 if step == 10 else 10**6
             reporter.step({"step": step, **RECORD})
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 101))
+    assert steps == [1, *range(1, 101)], "two lines of the first: the step's and the start's"
     assert "WARNING: step 10 cannot be written yet: No space left on device" in capsys.readouterr().out
 
 
