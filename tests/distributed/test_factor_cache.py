@@ -19,7 +19,10 @@ from abba.prepared import KILLED_WHILE_WRITING_SECONDS
 from abba.sharded.factor_cache import factor_file, place_sums
 from abba.sharded.initialize import starting_factors
 from abba.sharded.ranks import Ranks
-from tests.distributed.ranks import read_metrics
+from abba.training.recipe import load_recipe
+from abba.training.resume import fingerprint
+from tests.distributed.ranks import TINY, read_metrics
+from tests.warm import ROOT
 
 
 @pytest.fixture
@@ -115,6 +118,19 @@ def test_switched_off_nothing_is_kept(alone, decomposed):
     factors, said = start(None)
     assert len(decomposed) == 2 and list(factors) == ["a", "b.c"]
     assert len(said) == 1 and said[0].endswith("not kept, as adapter.cache_factors=false says")
+
+
+def test_it_decides_no_number_of_a_run():
+    prints = [
+        fingerprint(
+            load_recipe("quickstart", [f"adapter.cache_factors={kept}"], ROOT / "recipes").model_dump(),
+            "",
+            TINY,
+            "sdpa",
+        )
+        for kept in ("true", "false")
+    ]
+    assert prints[0] == prints[1] and "r1" in prints[0]["adapter"]
 
 
 def test_every_damage_is_seen_and_mended(alone, decomposed, tmp_path):
