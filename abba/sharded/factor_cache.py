@@ -111,9 +111,9 @@ def factor_file(
 def place_sums(shard: Tensor, numel: int, rank: int, world_size: int) -> Tensor:
     """This rank's part of two sums over a flattened weight, which together tell it from others: int64 (2,).
 
-    Read as numbers of 8 bytes: their sum, and that of each times twice its place; both mod 2^64. The first alone would
-    not notice rows in another order, as a mended conversion of a base has them. Added over ranks they are the same at
-    any world size, because a number on the border of two ranks is the sum of its halves.
+    Read as numbers of 8 bytes: their sum, and that of each times 2 place + 1; both mod 2^64. The first alone would not
+    notice rows in another order, as a mended conversion of a base has them. Added over ranks they are the same at any
+    world size, because a number on the border of two ranks is the sum of its parts.
     """
     start, stop = slice_bounds(numel, rank, world_size)
     first, before = divmod(start, WORD // shard.element_size())
