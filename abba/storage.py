@@ -42,8 +42,14 @@ class FileEntry(NamedTuple):
 
 class _HashingFile:
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by close_synced
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by __exit__
         self._digest, self._size = hashlib.sha256(), 0
+
+    def __enter__(self) -> "_HashingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def write(self, data: bytes | memoryview) -> None:
         data = memoryview(data).cast("B")
@@ -52,9 +58,9 @@ class _HashingFile:
         while data:  # a raw file may take less than it is given
             data = data[self._file.write(data) :]
 
-    def close_synced(self) -> FileEntry:
+    def synced(self) -> FileEntry:
+        """What was written, once it is on disk."""
         os.fsync(self._file.fileno())
-        self._file.close()
         return FileEntry(self._size, self._digest.hexdigest())
 
 
@@ -74,14 +80,14 @@ def write_safetensors(
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file = _HashingFile(path)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for (name, spec), tensor in zip(layout.items(), tensors, strict=True):
-        if tuple(tensor.shape) != tuple(spec.shape) or tensor.dtype != spec.dtype:
-            raise ValueError(f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, the layout says {spec}")
-        if tensor.numel():
-            file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-    return file.close_synced()
+    with _HashingFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, spec), tensor in zip(layout.items(), tensors, strict=True):
+            if tuple(tensor.shape) != tuple(spec.shape) or tensor.dtype != spec.dtype:
+                raise ValueError(f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, the layout says {spec}")
+            if tensor.numel():
+                file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        return file.synced()
 
 
 class SafetensorsFile:
@@ -150,9 +156,9 @@ def json_bytes(value: Any) -> bytes:
 
 
 def write_json(path: Path, value: Any) -> FileEntry:
-    file = _HashingFile(path)
-    file.write(json_bytes(value))
-    return file.close_synced()
+    with _HashingFile(path) as file:
+        file.write(json_bytes(value))
+        return file.synced()
 
 
 def read_json(path: Path) -> Any:

@@ -71,6 +71,7 @@ def load_on_this_rank(way: str, directory: Path, result: Path) -> None:
     from abba.sharded.process_group import start_process_group
     from abba.sharded.ranks import ranks_from_environment
     from abba.training.model import load_partitioned
+    from abba.training.startup import Startup
 
     ranks = ranks_from_environment()
     device = start_process_group(ranks)
@@ -88,7 +89,7 @@ def load_on_this_rank(way: str, directory: Path, result: Path) -> None:
     peak, started = AnonymousPeak(), time.perf_counter()
     peak.start()
     if way == "ours":
-        model, _ = load_partitioned(directory, torch.bfloat16, "sdpa", config, device, ranks, lambda line: None)
+        model, _ = load_partitioned(directory, torch.bfloat16, "sdpa", config, device, ranks, Startup(), lambda _: None)
     else:
         keep = HfDeepSpeedConfig(config)  # alive, or ZeRO-3 is not noticed
         model = AutoModelForCausalLM.from_pretrained(

@@ -5,7 +5,8 @@
     python launch/prepare.py --recipe gsm8k.yaml data.max_length=512 train.per_device_train_batch_size=8
     HF_HUB_OFFLINE=1 python launch/prepare.py --recipe quickstart.yaml       # all of it is here already
 
-The job then starts without the Hub and without tokenising. Needs no GPU.
+The job then starts without the Hub and without tokenising. Needs no GPU. The initial factors take the weights, and the
+device that the job has: the first job on a base adds them to data.prepared_path.
 """
 
 import argparse

@@ -13,7 +13,6 @@ Read `run` from top to bottom: it is the whole program.
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,11 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import RECIPES
+from scoring import refuse_score, score
 
 from abba.sharded.ranks import Ranks, ranks_from_environment
 from abba.training.failures import World, fail, wait_for_end
 from abba.training.recipe import Recipe, load_recipe
 from abba.training.run_directory import RunDirectory
+from abba.training.startup import Startup
 from abba.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, watch: Watch, say: Say) -> None:
+def run(
+    recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, watch: Watch, startup: Startup, say: Say
+) -> None:
     # Imported here because it takes seconds: a mistake in the recipe is shown at once, by every launcher.
     import torch.distributed as dist
 
@@ -51,7 +54,8 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     from abba.training.prepare import accumulation_steps, plan_batches, prepare
     from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end
 
-    began, settings = time.monotonic(), recipe.train
+    startup.done("imports")
+    settings = recipe.train
     micro_batch = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
     dtype = DTYPES[recipe.model.dtype]
@@ -62,10 +66,12 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     base, padding, data = prepare(recipe, ranks.is_main, say)
     plan, eval_rows, steps = plan_batches(recipe, data)
     say(f"data: {len(plan.rows):,} rows to train on, {len(eval_rows):,} held out; {steps:,} steps")
+    startup.done("data")
 
     # Ranks: they meet; from now on each knows when another on its machine is dead.
     device = start_process_group(ranks, settings.ddp_timeout)
     world.meet(partial(share, device=device))
+    startup.done("ranks")
 
     # Resume: the newest valid checkpoint of this run, or none.
     wanted = recipe.checkpoint
@@ -74,10 +80,11 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     identity = fingerprint(recipe.model_dump(mode="json"), data.sha256, base, attention)
     if resumed is not None:
         refuse_changes(resumed, identity, wanted.allow_changed, steps, say)
+    startup.done("resume")
 
     if resumed is None or resumed.state.step < steps:
         stream = Stream(data, plan, padding, ranks, device)
-        fit(recipe, directory, base, config, stream, eval_rows, steps, identity, resumed, world, watch, say)
+        fit(recipe, directory, base, config, stream, eval_rows, steps, identity, resumed, world, watch, startup, say)
         last = step_directory(directory.checkpoints, steps)
     else:
         say(f"all {steps:,} steps are done; nothing is left to train")
@@ -94,7 +101,7 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
         if recipe.evaluate is not None:
             wait_for_end(others)
             score(recipe, base, directory.adapter, directory.evaluation, say)
-        say(f"done in {time.monotonic() - began:.0f} s")
+        say(f"done in {startup.total:.0f} s")
 
 
 def fit(
@@ -109,6 +116,7 @@ def fit(
     resumed: "ResumePoint | None",
     world: World,
     watch: Watch,
+    startup: Startup,
     say: Say,
 ) -> None:
     """Train from step 0 or from `resumed` to `steps`; what it leaves is the checkpoints. `config` is DeepSpeed's."""
@@ -122,7 +130,7 @@ def fit(
 
     settings, ranks, device = recipe.train, stream.ranks, stream.device
     first = resumed.state.step if resumed else 0
-    engine, stream, report = build(recipe, base, config, stream, steps, identity, resumed, say)
+    engine, stream, report = build(recipe, base, config, stream, steps, identity, resumed, startup, say)
 
     # Loop: step, finite?, log, save?, stop asked?
     if ranks.is_main:
@@ -136,7 +144,7 @@ def fit(
     if resumed is not None:
         continue_random_streams(resumed, settings.seed, ranks, device, say)
     with (
-        Reporter(directory.metrics if ranks.is_main else None, steps, settings.logging_steps) as reporter,
+        Reporter(directory.metrics if ranks.is_main else None, steps, settings.logging_steps, startup) as reporter,
         watch.of_steps(recipe.checkpoint.grace_seconds),
     ):
         train(
@@ -164,6 +172,7 @@ def build(
     steps: int,
     identity: dict,
     resumed: "ResumePoint | None",
+    startup: Startup,
     say: Say,
 ) -> "tuple[Any, Stream, InjectionReport]":
     """(engine at step 0 or at `resumed`, stream as this model takes it, what was injected).
@@ -180,12 +189,12 @@ def build(
     from abba.training.model import enable_checkpointing, load_partitioned, packed_tokens
     from abba.training.resume import refuse_changes, starting_point
 
-    began, settings, ranks, device = time.monotonic(), recipe.train, stream.ranks, stream.device
+    settings, ranks, device = recipe.train, stream.ranks, stream.device
 
     # Base: each rank reads its own slice of every weight; no rank ever holds or sends a full copy.
     torch.manual_seed(settings.seed + ranks.rank)  # for dropout, where a base has any
     dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
-    model, checksum = load_partitioned(base, dtype, attention, config, device, ranks, say)
+    model, checksum = load_partitioned(base, dtype, attention, config, device, ranks, startup, say)
     identity["model"]["weights"] = f"{checksum:016x}"
     if recipe.data.packing:
         stream = replace(stream, line_tokens=packed_tokens(model, recipe.data.max_length))
@@ -194,9 +203,11 @@ def build(
     first = resumed.state.step if resumed else 0
 
     # Adapter: frozen linears become AbbaLinear; factors by SVD, bit-equal at any world size, or from the checkpoint.
-    adapter = recipe.adapter.config()
-    targets = find_targets(model, adapter)
-    with starting_point(resumed, targets, adapter, settings.seed, recipe.adapter.init_from, ranks) as (factors, read):
+    adapter, init_from = recipe.adapter.config(), recipe.adapter.init_from
+    targets, cache = find_targets(model, adapter), recipe.factor_cache
+    starting = starting_point(resumed, targets, adapter, settings.seed, init_from, cache, ranks, say)
+    with starting as (factors, read):
+        startup.done("factors")
         report = inject(model, adapter, factors=factors)
         say(
             f"adapter: {len(report.replaced)} modules, r1={adapter.r1} r2={adapter.r2} scale={adapter.scale:g}; "
@@ -208,47 +219,19 @@ def build(
         say(f"loss: {return_losses(model)}")
         engine = start_engine(model, config, settings.adam(), read, first)
     del factors, read  # full fp32 copies; the engine holds its slices
-    if resumed is None and recipe.adapter.init_from is None:
+    startup.done("engine")
+    if resumed is None and init_from is None:
         assert_delta_is_zero(engine, stream)
-    seconds, accumulation = time.monotonic() - began, config["gradient_accumulation_steps"]
-    say(f"engine: {ranks.world_size} rank(s) x {accumulation} micro-batch(es) a step; ready after {seconds:.0f} s")
+        startup.done("check")
+    accumulation = config["gradient_accumulation_steps"]
+    say(
+        f"engine: {ranks.world_size} rank(s) x {accumulation} micro-batch(es) a step; ready after {startup.total:.0f} s"
+    )
     return engine, stream, report
 
 
 def silent(line: str) -> None:
     """What ranks other than 0 say."""
-
-
-def refuse_score(recipe: Recipe) -> None:
-    """Before the training and not after it: problems that cannot be used, an engine that cannot serve this adapter."""
-    if recipe.evaluate is None:
-        return
-    from abba.base_model import DTYPES
-    from abba.evaluation.engine import require_engine
-    from abba.evaluation.tasks import load_questions
-
-    require_engine(recipe.evaluate.engine, recipe.adapter.r1 * recipe.adapter.r2, DTYPES[recipe.model.dtype])
-    load_questions(recipe.evaluate.task, recipe.evaluate.path, recipe.evaluate.limit)
-
-
-def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable[[str], None]) -> None:
-    from abba.adapter.files import rewrite_card
-    from abba.base_model import DTYPES
-    from abba.evaluation.score import evaluate
-
-    wanted = recipe.evaluate.model_dump()
-    scores = evaluate(
-        base,
-        adapter,
-        wanted.pop("task"),
-        wanted.pop("path"),
-        output,
-        dtype=DTYPES[recipe.model.dtype],
-        say=say,
-        **wanted,
-    )
-    rewrite_card(adapter, scores)
-    say(f"score: {scores['task']} exact match {scores['exact_match']:.1f}% of {scores['n']}; {output}/scores.json")
 
 
 def main() -> int:
@@ -262,7 +245,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="show what would run; needs no GPU and writes nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     arguments = parser.parse_intermixed_args()
-    world, watch = World(), None
+    startup, world, watch = Startup(), World(), None
     try:
         ranks = ranks_from_environment()
         world.rank, world.world_size = ranks.rank, ranks.world_size
@@ -282,7 +265,7 @@ def main() -> int:
         overwrite = recipe.overwrite_output_dir
         held = directory.held(recipe.checkpoint.resume, overwrite, ranks.job, say) if ranks.is_main else nullcontext()
         with held as world.start:
-            run(recipe, ranks, directory, world, watch, say)
+            run(recipe, ranks, directory, world, watch, startup, say)
     except KeyboardInterrupt:
         if world.rank == 0:
             print("interrupted; what came after the last checkpoint is lost", file=sys.stderr, flush=True)

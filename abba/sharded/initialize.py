@@ -1,6 +1,7 @@
 """Initial factors of sharded weights: gathered one at a time, decomposed in turn by the ranks, sent as factors."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import deepspeed
@@ -11,29 +12,82 @@ from torch import nn
 from abba.adapter.config import AdapterConfig
 from abba.adapter.files import read_factors
 from abba.adapter.initialize import Factors, factors_from_svd, seed_for
-from abba.errors import RecipeError
+from abba.errors import CheckpointError, RecipeError
+from abba.sharded.factor_cache import FactorFile, factor_file
 from abba.sharded.ranks import Ranks
 
 
 def starting_factors(
-    targets: Mapping[str, nn.Linear], config: AdapterConfig, seed: int, init_from: str | None, ranks: Ranks
+    targets: Mapping[str, nn.Linear],
+    config: AdapterConfig,
+    seed: int,
+    init_from: str | None,
+    cache: Path | None,
+    ranks: Ranks,
+    say: Callable[[str], None],
 ) -> dict[str, Factors]:
     """fp32 factors to train from: an SVD of each sharded weight, or a saved adapter. Collective.
+
+    Args:
+        cache: the directory where an earlier start may have kept the results of the SVD, or this one will; or None.
 
     Raises:
         RecipeError: the saved adapter has other ranks, another scale or other modules.
         CheckpointError: it is damaged.
     """
-    if init_from is None:
-        return factors_of_sharded(targets, config.r1, config.r2, seed, ranks.rank, ranks.world_size)
-    description, factors = read_factors(Path(init_from))
+    if init_from is not None:
+        return _of_adapter(Path(init_from), targets, config, say)
+    started = time.monotonic()
+    file = factor_file(cache, targets, config.r1, config.r2, seed, ranks) if cache is not None else None
+    factors = _kept(file, targets, config, ranks, say) if file is not None else None
+    if factors is not None:
+        say(f"factors: read from {file.path} in {time.monotonic() - started:.1f} s")
+        return factors
+    factors = factors_of_sharded(targets, config.r1, config.r2, seed, ranks.rank, ranks.world_size)
+    seconds = time.monotonic() - started
+    if file is None:
+        say(f"factors: computed by SVD in {seconds:.1f} s, and not kept, as adapter.cache_factors=false says")
+    elif ranks.is_main:
+        try:
+            file.write(factors)
+            say(f"factors: computed by SVD in {seconds:.1f} s and kept in {file.path}")
+        except CheckpointError as error:  # the next start computes them again
+            say(f"factors: WARNING: computed by SVD in {seconds:.1f} s and not kept: {error.reason}")
+    return factors
+
+
+def _kept(
+    file: FactorFile, targets: Mapping[str, nn.Linear], config: AdapterConfig, ranks: Ranks, say: Callable[[str], None]
+) -> dict[str, Factors] | None:
+    """What an earlier start has kept, if it can be used: nothing is lost with a damaged file, whose SVD is repeated."""
+    kept = None
+    if ranks.is_main:
+        try:
+            kept = file.read()
+        except CheckpointError as error:
+            say(f"factors: WARNING: {error.reason}; they are computed anew")
+    found = torch.tensor(int(kept is not None), device=next(iter(targets.values())).weight.device)
+    dist.broadcast(found, src=0)
+    if not found:
+        return None
+    return {
+        name: _broadcast(kept.pop(name) if ranks.is_main else None, 0, linear, config.r1, config.r2)
+        for name, linear in targets.items()
+    }
+
+
+def _of_adapter(
+    directory: Path, targets: Mapping[str, nn.Linear], config: AdapterConfig, say: Callable[[str], None]
+) -> dict[str, Factors]:
+    description, factors = read_factors(directory)
     for key in ("r1", "r2", "alpha"):
         saved, wanted = getattr(description.config, key), getattr(config, key)
         if saved != wanted:
-            raise RecipeError(f"adapter.{key}: {wanted} is not the {saved} of adapter.init_from={init_from}; set it so")
+            raise RecipeError(f"adapter.{key}: {wanted} is not the {saved} of adapter.init_from={directory}; set it so")
     if factors.keys() != targets.keys():
         different = sorted(factors.keys() ^ targets.keys())
-        raise RecipeError(f"adapter.init_from: {init_from} differs from the targets in {different[0]}")
+        raise RecipeError(f"adapter.init_from: {directory} differs from the targets in {different[0]}")
+    say(f"factors: those of {directory}, as adapter.init_from says")
     device = next(iter(targets.values())).weight.device
     return {name: Factors(*(factor.float().to(device) for factor in factors[name])) for name in targets}
 
@@ -65,11 +119,12 @@ def factors_of_sharded(
 
 
 def _broadcast(mine: Factors | None, owner: int, linear: nn.Linear, r1: int, r2: int) -> Factors:
+    """The owner's factors on every rank, on its device."""
     out, into = linear.out_features, linear.in_features
     shapes = Factors((r1, into), (out, r1), (r2, into), (out, r2))
     sizes = [a * b for a, b in shapes]
     if mine is not None:
-        flat = torch.cat([factor.flatten() for factor in mine])
+        flat = torch.cat([factor.flatten() for factor in mine]).to(linear.weight.device)
     else:
         flat = torch.empty(sum(sizes), device=linear.weight.device)
     dist.broadcast(flat, src=owner)

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from abba.training.startup import Startup
+
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: on a GPU allocated by torch, on a CPU resident in this process."""
@@ -27,12 +29,13 @@ class Reporter:
         path: metrics.jsonl, or None on the other ranks.
         steps: of the whole run, for the bar and the ETA.
         logging_steps: how often a plain line is printed where there is no terminal, and slow ranks are looked for.
+        startup: what the way to the first step took; said with it.
     """
 
-    def __init__(self, path: Path | None, steps: int, logging_steps: int) -> None:
+    def __init__(self, path: Path | None, steps: int, logging_steps: int, startup: Startup) -> None:
         self._file = open(path, "ab", buffering=0) if path is not None else None  # noqa: SIM115  closed by __exit__
         self._pending = b""  # lines that a full disk has not taken yet
-        self._steps, self.logging_steps = steps, logging_steps
+        self._steps, self.logging_steps, self._startup = steps, logging_steps, startup
         self._console = Console(soft_wrap=True, highlight=False) if path is not None else None
         self._started, self._first_step = time.monotonic(), None
         self._bar: Progress | None = None
@@ -76,6 +79,10 @@ class Reporter:
                 f"step {done}/{self._steps}  {short}  lr {record['learning_rate']:.2e}  "
                 f"grad {record['grad_norm']:.3f}  {record['step_seconds']:.2f} s/step  ETA {_clock(eta)}"
             )
+        if done == self._first_step + 1:
+            self._startup.done("first step")
+            self._write({"step": done, "startup_seconds": self._startup.seconds})
+            self.say(f"start: {self._startup.total:.1f} s to the end of the first step: {self._startup}")
 
     def evaluated(self, step: int, loss: float) -> None:
         """The held-out loss after `step`, as a line of its own."""

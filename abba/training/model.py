@@ -1,7 +1,6 @@
 """The base model as it is trained: partitioned, filled from disk, with gradient checkpointing."""
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from abba.base_model import build_empty, choose_attention, load_config
 from abba.errors import RecipeError
 from abba.sharded.loading import load_base, partitioned_from_birth
 from abba.sharded.ranks import Ranks
+from abba.training.startup import Startup
 
 # Rows on one line see each other through nothing but attention, whose masks know their borders.
 ATTENDING = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -27,6 +27,7 @@ def load_partitioned(
     engine_config: dict,
     device: torch.device,
     ranks: Ranks,
+    startup: Startup,
     say: Callable[[str], None],
 ) -> tuple[PreTrainedModel, int]:
     """(base model under ZeRO-3, checksum of its weights), filled by every rank from its own slices. Collective.
@@ -37,7 +38,6 @@ def load_partitioned(
     Raises:
         CheckpointError: see `load_base`.
     """
-    started = time.monotonic()
     config = load_config(directory)
     attention, why = choose_attention(config, attention, device.type, dtype)
     # The order matters: entered after zero.Init, the first would leave RoPE's inv_freq in bf16.
@@ -45,13 +45,15 @@ def load_partitioned(
         model = build_empty(directory, dtype, attention)
     wrong = {p.ds_tensor.dtype for p in model.parameters()} - {dtype}
     assert not wrong, f"partitions are {wrong}, not {dtype}"
+    startup.done("architecture")
     loaded = load_base(model, directory, ranks.rank, ranks.world_size)
+    startup.done("weights")
     name = str(dtype).removeprefix("torch.")
     say(f"model: {directory}, {config.model_type}, {name}, {attention} attention because {why}")
     copy = f" and 1/{loaded.copy_ranks} for its node's copy" if loaded.copy_ranks else ""
     say(
         f"model: {loaded.elements:,} parameters in {loaded.tensors} tensors; each rank read its 1/{ranks.world_size}"
-        f"{copy}, rank 0 {loaded.bytes_read:,} bytes, in {time.monotonic() - started:.1f} s; "
+        f"{copy}, rank 0 {loaded.bytes_read:,} bytes, in {startup.seconds['weights']:.1f} s; "
         f"checksum {loaded.checksum:016x}"
     )
     for ignored in loaded.ignored:

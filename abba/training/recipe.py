@@ -40,6 +40,7 @@ class AdapterSection(Section):
     target_modules: list[str] | str = list(SEVEN_LINEARS)
     layer_range: tuple[Count, Count] | None = None  # [first, stop): adapt these decoder layers only
     init_from: Text | None = None  # a saved adapter to start from, with a fresh optimizer
+    cache_factors: bool = True  # keep the SVD's in data.prepared_path: the next start on this base reads them
 
     @field_validator("layer_range", mode="before")
     @classmethod
@@ -78,7 +79,7 @@ class DataSection(Section):
     max_bad_rows: Count = 0  # rows that cannot be trained on: more than this ends the run
     eval_rows: Count = 0  # held out for eval_loss, chosen by seed
     packing: bool = False  # several rows on a line of max_length tokens; none sees another
-    prepared_path: Text = "runs/prepared"  # the tokens, shared by all runs on the same data
+    prepared_path: Text = "runs/prepared"  # tokens, and the base's initial factors: shared by all runs
 
 
 class TrainSection(Section):
@@ -151,6 +152,10 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     deepspeed: dict[str, Any] = {}
     evaluate: EvaluateSection | None = None
+
+    @property
+    def factor_cache(self) -> Path | None:
+        return Path(self.data.prepared_path) if self.adapter.cache_factors else None
 
     @field_validator("deepspeed")
     @classmethod

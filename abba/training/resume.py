@@ -50,7 +50,7 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: s
     return {
         "train": {key: value for key, value in recipe["train"].items() if key not in BYSTANDERS},
         "data": {"tokens": tokens, "eval_rows": data["eval_rows"], "packing": packing},
-        "adapter": recipe["adapter"],
+        "adapter": {key: value for key, value in recipe["adapter"].items() if key != "cache_factors"},
         "model": {**model, "attn_implementation": attention, "config": config},
         "software": {name: importlib.metadata.version(name) for name in software},
     }
@@ -132,7 +132,9 @@ def starting_point(
     adapter: AdapterConfig,
     seed: int,
     init_from: str | None,
+    cache: Path | None,
     ranks: Ranks,
+    say: Callable[[str], None],
 ) -> Iterator[tuple[dict[str, Factors], Callable[[str, str, int, int], Tensor]]]:
     """(factors to inject, how to read slices of the training state), see `start_engine`. Collective.
 
@@ -142,7 +144,7 @@ def starting_point(
         CheckpointError: the checkpoint's tensors are not those of the targets.
     """
     if point is None:
-        factors = starting_factors(targets, adapter, seed, init_from, ranks)
+        factors = starting_factors(targets, adapter, seed, init_from, cache, ranks, say)
 
         def read(kind: str, name: str, start: int, stop: int) -> Tensor:
             module, _, factor = name.rpartition(".")

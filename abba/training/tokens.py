@@ -7,9 +7,6 @@ dataset) and `uncut` (tokens before max_length cut it).
 
 import hashlib
 import json
-import os
-import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from torch import Tensor
 
 from abba.errors import CheckpointError, DataError
 from abba.parsing import parse_json
-from abba.storage import SafetensorsFile, Spec, free_bytes, in_gb, make_directory, write_safetensors
+from abba.prepared import content_digest, write_prepared
+from abba.storage import SafetensorsFile, free_bytes, in_gb, make_directory
 from abba.text.encode import encode_prompt, encode_response
 from abba.text.prompt import INSTRUCTION_PROMPT
 from abba.text.rows import BadRows, RowSource, content_of, usable_rows
@@ -33,7 +31,6 @@ LAYOUT = {
     "sources": torch.int64,
     "uncut": torch.int64,
 }
-KILLED_WHILE_WRITING_SECONDS = 3600  # a temporary file that is so old has no writer any more
 
 
 def tokens_path(source: RowSource, max_length: int, max_bad_rows: int, tokenizer: Any, directory: Path) -> Path:
@@ -92,30 +89,14 @@ def write_tokens(path: Path, tensors: Mapping[str, Tensor], left_out: Mapping[st
     Raises:
         CheckpointError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
-    layout = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    reasons = json.dumps(left_out)
-    metadata = {"left_out": reasons, "sha256": _digest(tensors, reasons)}
     try:
-        for old in path.parent.glob(".tokens-*.tmp-*"):
-            if time.time() - old.stat().st_mtime > KILLED_WHILE_WRITING_SECONDS:
-                old.unlink(missing_ok=True)
-        write_safetensors(temporary, layout, tensors.values(), metadata)
-        os.replace(temporary, path)
+        write_prepared(path, tensors, {"left_out": json.dumps(left_out)})
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise CheckpointError(
             f"data.prepared_path {path.parent}: {path.name}, {in_gb(size)}, cannot be written: {error.strerror}; "
             f"{in_gb(free_bytes(path.parent))} are free; make room, or choose another place"
         ) from error
-
-
-def _digest(tensors: Mapping[str, Tensor], left_out: str) -> str:
-    digest = hashlib.sha256(left_out.encode())
-    for name in sorted(tensors):
-        digest.update(memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 class TokenizedRows:
@@ -133,7 +114,7 @@ class TokenizedRows:
                 raise CheckpointError(f"{path}: is no tokens file: it should hold {', '.join(LAYOUT)}; delete it")
             tensors = {name: file.read_full(name) for name in LAYOUT}
             said, self.sha256 = file.metadata.get("left_out", ""), file.metadata.get("sha256", "")
-        if _digest(tensors, said) != self.sha256:
+        if content_digest(tensors, {"left_out": said}) != self.sha256:
             raise CheckpointError(f"{path}: is damaged: its SHA-256 is another one than it says; delete it")
         self._ids, self._stops, self._prompts, self.sources, self.uncut = tensors.values()
         self._starts = torch.cat([self._stops.new_zeros(1), self._stops[:-1]])

@@ -24,6 +24,8 @@ STEP = [
     "abba",
     "full",
 ]
+SVD = ["--svd-size", "64", "--svd-rank", "8", "--repetitions", "1"]
+START = ["--models", "random", "--layers", "1", "--ranks", "2", "--launcher", "torchrun", "--repetitions", "1"]
 LOAD = ["--ranks", "1", "2", "--layers", "1", "--repetitions", "1"]
 
 
@@ -56,6 +58,28 @@ def test_step(tmp_path):
     trainable = {row["method"]: row["trainable"] for row in rows}
     assert trainable["abba"] == trainable["lora"] == trainable["loha"] == trainable["hira"], "equal budgets"
     assert trainable["full"] > trainable["abba"] and all(row["tokens/s"] > 0 for row in rows)
+
+
+def test_svd(tmp_path):
+    """Without starts, which take a real launcher."""
+    finished = warm.run(tmp_path / "log", "benchmarks/startup.py", "--models", *SVD, "--output", str(tmp_path))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    rows = json.loads((tmp_path / "svd.json").read_text())["rows"]
+    of = {(row["weights"].split(" ")[0], row["oversampling"], row["power iterations"]): row for row in rows}
+    assert len(of) == len(rows) == 3 * 9 and sum(row["used"] == "yes" for row in rows) == 3
+    # 8 of 64 singular values k^-0.5: the more is computed, the closer to the best and never below it.
+    errors = [float(of["singular", k, n]["error over best"]) for k, n in ((4, 1), (8, 2), (16, 4))]
+    assert errors[0] > errors[1] > errors[2] >= 1 - 1e-6 and errors[2] < 1.001
+    energies = [float(row["energy of best"]) for row in rows]
+    assert min(energies) > 0.5 and max(energies) <= 1
+
+
+@pytest.mark.slow
+def test_startup(tmp_path):
+    first, second = run(tmp_path, "startup", [*START, "--svd-size", "0"])
+    assert (first["start"], second["start"]) == ("first", "second") and first["ranks"] == second["ranks"] == 2
+    assert list(first["seconds"][0]) == list(second["seconds"][0]) and first["launcher s"] > 0
+    assert first["all s"] == pytest.approx(sum(first["seconds"][0].values()))
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from deepspeed.utils import safe_get_local_fp32_param
 
 import abba.adapter.linear
 import abba.sharded.engine
+import abba.sharded.initialize
 import abba.training.loop
 import abba.training.resume
 
@@ -32,6 +33,7 @@ result = {
     "stale_factors": [],
     "buffers": {},
     "svd": {},
+    "svds": 0,
     "layer_forwards": [],
     "gathered_bytes": [],
     "reduced_bytes": [],
@@ -192,6 +194,13 @@ def watch_svd() -> None:
         return factors
 
     abba.training.resume.starting_factors = found
+    decompose = abba.sharded.initialize.factors_from_svd
+
+    def counted(*arguments):
+        result["svds"] += 1
+        return decompose(*arguments)
+
+    abba.sharded.initialize.factors_from_svd = counted
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -49,7 +49,7 @@ def test_the_first_loss_is_that_of_from_pretrained(tmp_path, arguments, case):
 
 
 def dense_loss(run, base):
-    data = TokenizedRows(next((run / "tokens").iterdir()))
+    data = TokenizedRows(next((run / "tokens").glob("tokens-*")))
     rows = BatchPlan(split_rows(len(data), 8, seed=0)[0], 8, 1, seed=0).global_rows(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
     total = 0.0

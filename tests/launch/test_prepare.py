@@ -98,7 +98,8 @@ def test_what_is_fetched_once_is_all_that_a_job_needs(hub, program, tmp_path):
         assert job.returncode == 0, job.stderr
         assert not hub.requests, "a training job asks the Hub for nothing, also where it could"
     assert "holds these rows as tokens already" in job.stdout and "tokenised into" not in job.stdout
-    assert [path.suffix for path in (tmp_path / "prepared").iterdir()] == [".safetensors"]
+    kept = sorted(path.name for path in (tmp_path / "prepared").iterdir())
+    assert [name.partition("-")[0] for name in kept] == ["factors", "tokens"], "the second is the job's"
 
 
 @pytest.fixture

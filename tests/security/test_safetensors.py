@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from abba.base_model import load_whole
 from abba.errors import CheckpointError
 from abba.parsing import parse_json
+from abba.prepared import content_digest
 from abba.storage import SafetensorsFile, Spec, read_json, write_safetensors
-from abba.training.tokens import TokenizedRows, _digest
+from abba.training.tokens import TokenizedRows
 from tests.distributed.ranks import TINY
 
 
@@ -239,7 +240,9 @@ def test_hostile_weights_of_a_base_that_is_loaded_whole(tmp_path, header, named)
 def test_what_a_tokens_file_says_of_rows_left_out(tmp_path, said):
     tensors = {"input_ids": torch.arange(3, dtype=torch.int32), "stops": torch.tensor([3])}
     tensors |= {"prompts": torch.tensor([1]), "sources": torch.tensor([0]), "uncut": torch.tensor([3])}
-    save_file(tensors, tmp_path / "x.safetensors", {"left_out": said, "sha256": _digest(tensors, said)})
+    save_file(
+        tensors, tmp_path / "x.safetensors", {"left_out": said, "sha256": content_digest(tensors, {"left_out": said})}
+    )
     if said in ("{}", '{"x\\u001b[2J": 3}'):
         assert TokenizedRows(tmp_path / "x.safetensors").left_out in ({}, {"x\x1b[2J": 3})
     else:

@@ -1,0 +1,38 @@
+"""The score at the end of a run, as launch/train.py takes it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from abba.training.recipe import Recipe
+
+
+def refuse_score(recipe: Recipe) -> None:
+    """Before the training and not after it: problems that cannot be used, an engine that cannot serve this adapter."""
+    if recipe.evaluate is None:
+        return
+    from abba.base_model import DTYPES
+    from abba.evaluation.engine import require_engine
+    from abba.evaluation.tasks import load_questions
+
+    require_engine(recipe.evaluate.engine, recipe.adapter.r1 * recipe.adapter.r2, DTYPES[recipe.model.dtype])
+    load_questions(recipe.evaluate.task, recipe.evaluate.path, recipe.evaluate.limit)
+
+
+def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable[[str], None]) -> None:
+    from abba.adapter.files import rewrite_card
+    from abba.base_model import DTYPES
+    from abba.evaluation.score import evaluate
+
+    wanted = recipe.evaluate.model_dump()
+    scores = evaluate(
+        base,
+        adapter,
+        wanted.pop("task"),
+        wanted.pop("path"),
+        output,
+        dtype=DTYPES[recipe.model.dtype],
+        say=say,
+        **wanted,
+    )
+    rewrite_card(adapter, scores)
+    say(f"score: {scores['task']} exact match {scores['exact_match']:.1f}% of {scores['n']}; {output}/scores.json")
