@@ -2,6 +2,7 @@
 """A training step of decoder layers with the real shapes of a model: tokens/s and peak memory of each method.
 
     python benchmarks/step.py                                       # two layers of Llama-3.1-8B, as on two cores
+    python benchmarks/step.py --name step_others --layers 1 --modes none --methods lora hira dora full abba
     python benchmarks/step.py --layers 32 --tokens 4096 --batch 2 --modes none selective       # the model, on a GPU
 
 Random weights, no embedding and no head: what an adapter changes. The optimizer is the same AdamW for all.
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     modes = ("none", "selective", "non_reentrant", "reentrant")
     parser.add_argument("--modes", nargs="+", choices=modes, default=["none", "selective", "non_reentrant"])
-    parser.add_argument("--methods", nargs="+", choices=STEP_METHODS, default=["lora", "loha", "hira", "dora", "abba"])
+    parser.add_argument("--methods", nargs="+", choices=STEP_METHODS, default=["lora", "loha", "abba"])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--width", type=int, default=1, help="divide the widths by this; for a quick look")
     parser.add_argument("--output", type=Path, default=RESULTS)
