@@ -25,7 +25,7 @@ import layer
 import torch
 from measure import RESULTS, device, held_bytes, in_turns, peak_bytes, write
 from methods import adapt
-from scaling import ADAPTER, engine_of
+from scaling import ADAPTER, engine_of, inputs_of
 from step import LLAMA_8B, Step, linears, narrowed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -93,11 +93,10 @@ def training_step(method: str, mode: str, config: dict[str, Any], weights: dict[
     adapted = adapt(model, method, SEVEN_LINEARS)
     enable_checkpointing(model.train(), mode)
     return_losses(model)
-    positions_BT = torch.arange(rows_BT.shape[1], device=device()).expand_as(rows_BT)
-    targets_BT = rows_BT.roll(-1, dims=1)
+    inputs = inputs_of(rows_BT)
 
     def compute() -> None:
-        (model(rows_BT, positions_BT, targets_BT) / rows_BT.numel()).backward()
+        (model(*inputs) / rows_BT.numel()).backward()
 
     return Step(adapted, compute)
 
@@ -174,10 +173,10 @@ def memory(job: Job, config: dict[str, Any]) -> list[dict[str, Any]]:
     engine = engine_of(config, ranks, job.micro_batch, 1, mode)
     engine.train()
     rows_BT = torch.randint(config["vocab_size"], (job.micro_batch, job.tokens), device=device())
-    positions_BT = torch.arange(job.tokens, device=device()).expand_as(rows_BT)
+    inputs = inputs_of(rows_BT)
 
     def step() -> None:
-        engine.backward(engine(rows_BT, positions_BT, rows_BT.roll(-1, dims=1)) / rows_BT.numel())
+        engine.backward(engine(*inputs) / rows_BT.numel())
         engine.step()
 
     step()

@@ -26,7 +26,7 @@ from abba.adapter.config import AdapterConfig
 from abba.adapter.inject import inject
 from abba.text.prompt import render_prompt
 from abba.training.batches import MicroBatch, collate, lines_of
-from abba.training.loss import IGNORED, return_losses
+from abba.training.loss import return_losses
 from abba.training.model import enable_checkpointing
 
 PADDED_ROWS = 8  # of a micro-batch that is padded
@@ -75,12 +75,12 @@ def micro_batches(data: Rows, way: str, longest: int, packed_rows: int) -> Itera
             lines = lines_of(data, rows[start : start + size], longest if way == "packed" else None)
             batch = collate(data, lines, 0, device())
             if way == "fixed":
-                more = longest - batch.input_ids.shape[1]
-                pad = torch.nn.functional.pad
+                width = batch.input_ids.shape[1]
                 batch = MicroBatch(
-                    pad(batch.input_ids, (0, more)),
+                    torch.nn.functional.pad(batch.input_ids, (0, longest - width)),
                     torch.arange(longest, device=device()).expand(len(lines), -1),
-                    pad(batch.targets, (0, more), value=IGNORED),
+                    batch.predictors // width * longest + batch.predictors % width,
+                    batch.targets,
                     batch.rows,
                 )
             yield batch
@@ -116,11 +116,11 @@ def main() -> None:
 
     def compute(way: str) -> None:
         for batch in batches[way]:
-            model(batch.input_ids, batch.position_ids, batch.targets).backward()
+            model(*batch.inputs).backward()
         model.zero_grad()
 
     seconds = in_turns({way: lambda way=way: compute(way) for way in ways}, arguments.repetitions)
-    learned = {way: sum(int((b.targets != IGNORED).sum()) for b in batches[way]) for way in ways}
+    learned = {way: sum(len(b.targets) for b in batches[way]) for way in ways}
     assert len(set(learned.values())) == 1, "all ways compute the same rows"
     rate = {way: learned[way] / median(seconds[way]) for way in ways}
     rows = [

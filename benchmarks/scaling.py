@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from measure import RESULTS, in_turns, write
 from ranks import run_ranks
+from torch import Tensor
 
 from abba.adapter.config import AdapterConfig
 from abba.planning.architecture import architecture_of
@@ -46,7 +47,7 @@ def job(config: dict[str, Any], ranks: int, tokens: int) -> Job:
     nothing_ahead = Sharding(prefetch=0, max_live=0)
     return Job(
         architecture_of(config, "benchmark"), ADAPTER, ranks, GLOBAL_BATCH, 1, tokens,
-        "non_reentrant", element_bytes=2, sharding=nothing_ahead,
+        "reentrant", element_bytes=2, sharding=nothing_ahead,
     )  # fmt: skip
 
 
@@ -82,6 +83,13 @@ def engine_of(config: dict[str, Any], ranks: Any, micro_batch: int, accumulation
     return start_engine(model, zero, {"lr": 1e-4}, lambda kind, name, start, stop: masters[name].flatten()[start:stop])
 
 
+def inputs_of(ids_LT: Tensor) -> tuple[Tensor, ...]:
+    """What our model takes: tokens, positions, the places that predict, and what: here all, the next token."""
+    positions_LT = torch.arange(ids_LT.shape[1], device=ids_LT.device).expand_as(ids_LT)
+    predictors_S = torch.arange(ids_LT.numel(), device=ids_LT.device)
+    return ids_LT, positions_LT, predictors_S, ids_LT.roll(-1, dims=1).flatten()
+
+
 def train_on_this_rank(layers: list[int], hidden: int, tokens: int, repetitions: int, result: Path) -> None:
     import torch.distributed as dist
     from counting import count_communication
@@ -94,12 +102,11 @@ def train_on_this_rank(layers: list[int], hidden: int, tokens: int, repetitions:
     device, moved = start_process_group(ranks), count_communication()
     found: dict[int, dict[str, list]] = {count: {"gathered": [], "reduced": [], "waited": []} for count in layers}
 
-    def step(engine: Any, clock: WaitClock, kept: dict[str, list], ids: torch.Tensor) -> None:
+    def step(engine: Any, clock: WaitClock, kept: dict[str, list], inputs: tuple[Tensor, ...]) -> None:
         moved.clear()
         clock.start()
         for _ in range(engine.gradient_accumulation_steps()):
-            loss = engine(ids, torch.arange(tokens, device=device)[None], ids.roll(-1, dims=1))
-            engine.backward(loss / tokens)
+            engine.backward(engine(*inputs) / tokens)
             engine.step()
         for name, value in (("gathered", moved["gathered"]), ("reduced", moved["reduced"]), ("waited", clock.stop())):
             kept[name].append(value)
@@ -107,10 +114,10 @@ def train_on_this_rank(layers: list[int], hidden: int, tokens: int, repetitions:
     cases = {}
     for count in layers:
         config = shape(count, hidden)
-        engine = engine_of(config, ranks, 1, GLOBAL_BATCH // ranks.world_size, "non_reentrant")
+        engine = engine_of(config, ranks, 1, GLOBAL_BATCH // ranks.world_size, "reentrant")
         engine.train()
         ids = torch.randint(config["vocab_size"], (1, tokens), device=device)
-        cases[count] = partial(step, engine, WaitClock(engine, device), found[count], ids)
+        cases[count] = partial(step, engine, WaitClock(engine, device), found[count], inputs_of(ids))
     dist.barrier()
     seconds = in_turns(cases, repetitions, warmup=SETTLED)
     for count, kept in found.items():

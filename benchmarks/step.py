@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     modes = ("none", "selective", "non_reentrant", "reentrant")
-    parser.add_argument("--modes", nargs="+", choices=modes, default=["none", "selective", "non_reentrant"])
+    parser.add_argument("--modes", nargs="+", choices=modes, default=["none", "selective", "reentrant"])
     parser.add_argument("--methods", nargs="+", choices=STEP_METHODS, default=["lora", "loha", "abba"])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--width", type=int, default=1, help="divide the widths by this; for a quick look")

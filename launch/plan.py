@@ -40,9 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, help="a YAML file, or a name in recipes/ with or without .yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, such as train.max_steps=60")
-    parser.add_argument("--nodes", type=positive, default=1, help="default 1")
+    parser.add_argument("--nodes", type=positive, help="default 1")
     parser.add_argument("--gpus-per-node", type=positive, default=8, help="default 8")
-    parser.add_argument("--gpu-memory-gib", type=positive_number, default=80.0, help="of a GPU, GiB; default 80")
+    parser.add_argument("--gpu-memory-gib", type=positive_number, help="of a GPU, GiB; default 80")
     parser.add_argument(
         "--intra-node-gbps",
         type=positive_number,
@@ -59,12 +59,17 @@ def parse_arguments() -> argparse.Namespace:
         "--gpu-tflops", type=positive_number, default=989.0, help="dense bf16, TFLOP/s; default 989: H100 SXM"
     )
     parser.add_argument("--rows", type=positive, help="training rows of an epoch, where they are not counted here")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument(
         "--table", action="store_true", help="print what fits on how many GPUs of which size, in Markdown"
     )
-    parser.add_argument("--explain", action="store_true", help="print the formulas with the numbers put in")
-    return parser.parse_intermixed_args()
+    form.add_argument("--explain", action="store_true", help="print the formulas with the numbers put in")
+    arguments = parser.parse_intermixed_args()
+    for name in ("nodes", "gpu_memory_gib", "rows"):
+        if arguments.table and getattr(arguments, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} means nothing with --table, which is for many of them")
+    return arguments
 
 
 def main() -> int:
@@ -84,9 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, RECIPES)
     cluster = Cluster(
-        arguments.nodes,
+        arguments.nodes or 1,
         arguments.gpus_per_node,
-        arguments.gpu_memory_gib,
+        arguments.gpu_memory_gib or 80.0,
         arguments.intra_node_gbps,
         arguments.inter_node_gbps,
         arguments.gpu_tflops,
@@ -103,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(as_dict(planned, others, rows, steps), indent=2))
     elif planned.fits or arguments.explain:
         print(table(planned, recipe.model.name_or_path, rows, steps))
-    if arguments.explain and not arguments.json:
+    if arguments.explain:
         print(f"\n{explain(planned)}")
     if not planned.fits:
         raise RecipeError(refusal(planned, others))

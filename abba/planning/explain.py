@@ -55,15 +55,9 @@ def _traffic(plan: Plan) -> list[str]:
     job, moved, group = plan.job, plan.traffic, plan.group
     again = job.gathered(*job.replicated) * job.element_bytes if job.gpus > 1 else 0
     one = speed.gathered_elements(job)
-    third = "three times, a layer's last one twice"
-    times = {
-        "none": "twice",
-        "reentrant": "twice",
-        "non_reentrant": third,
-        "selective": f"twice, of every second {third}",
-    }
+    times = "three times, a layer's last one twice" if job.checkpointing == "non_reentrant" else "twice"
     return [
-        f"gathered = {one:,} elements a micro-batch (each weight of a layer {times[job.checkpointing]}) x "
+        f"gathered = {one:,} elements a micro-batch (each weight of a layer {times}) x "
         f"{job.element_bytes} B x {job.accumulation} + {again:,} B of factors and norms after the update "
         f"= {moved.gathered:,} B",
         f"reduced = {moved.reduced // job.accumulation:,} B of fp32 gradients a micro-batch x {job.accumulation} "

@@ -46,7 +46,7 @@ class Job:
     global_batch: int
     micro_batch: int
     tokens: int  # of a row, all counted as full
-    checkpointing: str = "non_reentrant"  # or reentrant, selective (every second layer), or none
+    checkpointing: str = "reentrant"  # or non_reentrant, selective (every second layer), or none
     element_bytes: int = 2  # bf16
     attention: str = "auto"
     sharding: Sharding = Sharding()

@@ -137,7 +137,7 @@ def _cheaper_settings(job: Job) -> Iterator[tuple[str, Job]]:
     zero = "deepspeed.zero_optimization"
     if job.eval_batch > 1:
         yield "train.per_device_eval_batch_size=1", replace(job, eval_batch=1)
-    modes = {"none": ("selective", "non_reentrant"), "selective": ("non_reentrant",)}  # those that keep less
+    modes = {"none": ("selective", "reentrant"), "selective": ("reentrant",)}  # those that keep less
     for mode in modes.get(job.checkpointing, ()):
         yield f"train.gradient_checkpointing={mode}", replace(job, checkpointing=mode)
     if job.sharding.hpz > 1:

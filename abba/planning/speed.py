@@ -39,7 +39,7 @@ def gathered_elements(job: Job) -> int:
     # Backward ends at the first adapted layer, but where checkpointing asks for the embedding's gradient.
     first = 0 if job.checkpointed_layers else min(int(name.split(".")[2]) for name in job.targets)
     gathered = whole * (2 * model.layers - first)
-    if job.checkpointing in ("non_reentrant", "selective"):
+    if job.checkpointing == "non_reentrant":
         # The layer's last module starts the recomputation. It is gathered once, if it is the linear.
         once = 0 if model.norms > 2 else layer["mlp.down_proj"]
         gathered += (whole - once) * job.checkpointed_layers

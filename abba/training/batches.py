@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from abba.errors import DataError
-from abba.training.loss import IGNORED
 from abba.training.tokens import TokenizedRows
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Shapes: L lines, T tokens of the longest. Padded on the right, which a causal model never looks at.
+    """Shapes: L lines, T tokens of the longest, S supervised tokens. Padded on the right, where no causal model looks.
 
     Where a line holds several rows the positions start again at each: transformers reads the borders from that, for
     its attention masks and for flash attention's lengths.
@@ -22,8 +21,14 @@ class MicroBatch:
 
     input_ids: Tensor  # (L, T)
     position_ids: Tensor  # (L, T)
-    targets: Tensor  # (L, T): the next token of the same row where it is supervised, else IGNORED
+    predictors: Tensor  # (S,): the positions of (L, T), flattened, whose next token is supervised, ascending
+    targets: Tensor  # (S,): that next token, of the same row
     rows: list[int]
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the model takes to give the loss."""
+        return self.input_ids, self.position_ids, self.predictors, self.targets
 
 
 def collate(data: TokenizedRows, lines: list[list[int]], padding: int, device: torch.device) -> MicroBatch:
@@ -31,7 +36,7 @@ def collate(data: TokenizedRows, lines: list[list[int]], padding: int, device: t
     longest = max(sum(data.length(row) for row in line) for line in lines)
     ids = torch.full((len(lines), longest), padding, dtype=torch.int64)
     positions = torch.arange(longest).repeat(len(lines), 1)
-    targets = torch.full_like(ids, IGNORED)
+    predictors, targets = [], []
     for number, line in enumerate(lines):
         start = 0
         for row in line:
@@ -39,21 +44,43 @@ def collate(data: TokenizedRows, lines: list[list[int]], padding: int, device: t
             stop, prompt = start + len(sequence), data.prompt_length(row)
             ids[number, start:stop] = sequence
             positions[number, start:] = torch.arange(longest - start)  # of the padding too, after the last row
-            targets[number, start + prompt - 1 : stop - 1] = sequence[prompt:]
+            predictors.append(number * longest + torch.arange(start + prompt - 1, stop - 1))
+            targets.append(sequence[prompt:].long())
             start = stop
-    return MicroBatch(ids.to(device), positions.to(device), targets.to(device), [row for line in lines for row in line])
+    # Flat places, found here on the CPU: a mask on a GPU would make it wait twice for how many are supervised.
+    tensors = (ids, positions, torch.cat(predictors), torch.cat(targets))
+    return MicroBatch(*(tensor.to(device) for tensor in tensors), [row for line in lines for row in line])
 
 
 def lines_of(data: TokenizedRows, rows: list[int], most: float | None) -> list[list[int]]:
     """`rows` on as few lines of at most `most` tokens as first-fit finds; on a line each where `most` is None.
 
-    A row that is longer than `most` has a line of its own.
+    Lines are padded to the longest: of the limits that give as few lines the lowest is searched by bisection (MULTIFIT,
+    Coffman et al. 1978). A row that is longer than `most` has a line of its own.
     """
     if most is None:
         return [[row] for row in rows]
+    longest_first = sorted(rows, key=data.length, reverse=True)
+    lines = _first_fit(data, longest_first, most)
+    low, high = sum(map(data.length, rows)) // len(lines), _longest(data, lines)
+    while low < high:
+        limit = (low + high) // 2
+        tried = _first_fit(data, longest_first, limit)
+        if len(tried) <= len(lines):
+            lines, high = tried, limit
+        else:
+            low = limit + 1
+    return lines
+
+
+def _longest(data: TokenizedRows, lines: list[list[int]]) -> int:
+    return max(sum(map(data.length, line)) for line in lines)
+
+
+def _first_fit(data: TokenizedRows, rows: list[int], most: float) -> list[list[int]]:
     lines: list[list[int]] = []
     left: list[float] = []
-    for row in sorted(rows, key=data.length, reverse=True):
+    for row in rows:
         length = data.length(row)
         line = next((number for number, room in enumerate(left) if room >= length), len(lines))
         if line == len(lines):

@@ -168,7 +168,7 @@ def optimizer_step(
     undo = len(batches) * stream.ranks.world_size / supervised
     losses = []
     for index, batch in enumerate(batches):
-        loss = engine(batch.input_ids, batch.position_ids, batch.targets)
+        loss = engine(*batch.inputs)
         engine.backward(loss * undo)
         losses.append(loss.detach())  # read once per step: each read waits for the device
         if index + 1 < len(batches):
@@ -211,7 +211,7 @@ def held_out_loss(engine: Any, stream: Stream, rows: list[int], batch_size: int)
         for turn in range(rounds):  # ZeRO-3 gathers weights together, so every rank runs every round
             index = turn * stream.ranks.world_size + stream.ranks.rank
             batch = stream.batch(groups[min(index, len(groups) - 1)])
-            loss = float(engine(batch.input_ids, batch.position_ids, batch.targets))
+            loss = float(engine(*batch.inputs))
             loss_sum += loss if index < len(groups) else 0.0
     return float(_gather([loss_sum], stream.device).sum()) / stream.data.supervised_tokens(rows)
 
@@ -221,9 +221,9 @@ def assert_delta_is_zero(engine: Any, stream: Stream) -> None:
     """Before the first step the adapter must change nothing: the loss with and without it is the same to the bit."""
     batch = stream.micro_batches(0)[0]
     with _in_eval_mode(engine):
-        adapted = float(engine(batch.input_ids, batch.position_ids, batch.targets))
+        adapted = float(engine(*batch.inputs))
         with bypass(engine.module):
-            plain = float(engine(batch.input_ids, batch.position_ids, batch.targets))
+            plain = float(engine(*batch.inputs))
     if not math.isfinite(plain):
         raise NotFiniteError(f"the base model's own loss is {plain} on the first rows; its weights are damaged")
     assert adapted == plain, f"delta W is not zero before the first step: loss {adapted!r}, without it {plain!r}"

@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-IGNORED = -100
 CHUNK = 512  # supervised tokens: with 128,256 words their fp32 logits take 263 MB
 
 # Architectures whose forward is: decoder, lm_head, and a cap on the logits where config.final_logit_softcapping is set.
@@ -77,16 +76,16 @@ class LossHead(nn.Linear):
         return FrozenHeadLoss.apply(hidden_SD, self.weight, self.bias, targets_S, cap)
 
 
-def token_loss_sum(logits_LTV: Tensor, targets_LT: Tensor) -> Tensor:
-    """Sum of token losses in fp32 where the target is not IGNORED; the reference for the fused one."""
-    supervised = targets_LT != IGNORED
-    return F.cross_entropy(logits_LTV[supervised].float(), targets_LT[supervised], reduction="sum")
+def token_loss_sum(logits_LTV: Tensor, predictors_S: Tensor, targets_S: Tensor) -> Tensor:
+    """Sum of token losses in fp32 at the flattened positions `predictors`; the reference for the fused one."""
+    logits_SV = logits_LTV.flatten(0, 1).index_select(0, predictors_S)
+    return F.cross_entropy(logits_SV.float(), targets_S, reduction="sum")
 
 
 def return_losses(model: PreTrainedModel) -> str:
-    """From now on `model(input_ids, position_ids, targets)` is the summed loss, a scalar; says how it is computed.
+    """From now on `model(*MicroBatch.inputs)` is the summed loss, a scalar; says how it is computed.
 
-    Only supervised positions meet the head. A target stands at the position that predicts it; IGNORED elsewhere.
+    Only the positions that predict a supervised token meet the head.
     """
     head = model.get_output_embeddings()
     if model.config.model_type in PLAIN_HEADS:
@@ -102,17 +101,16 @@ def _fused(model: PreTrainedModel, head: LossHead) -> Callable[..., Tensor]:
     cap = getattr(model.config, "final_logit_softcapping", None)
     decoder = model.get_decoder()
 
-    def forward(input_ids: Tensor, position_ids: Tensor, targets: Tensor) -> Tensor:
+    def forward(input_ids: Tensor, position_ids: Tensor, predictors: Tensor, targets: Tensor) -> Tensor:
         hidden_LTD = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        supervised = targets != IGNORED
-        return head(hidden_LTD[supervised], targets[supervised], cap)
+        return head(hidden_LTD.flatten(0, 1).index_select(0, predictors), targets, cap)
 
     return forward
 
 
 def _through_logits(model_forward: Callable[..., object]) -> Callable[..., Tensor]:
-    def forward(input_ids: Tensor, position_ids: Tensor, targets: Tensor) -> Tensor:
+    def forward(input_ids: Tensor, position_ids: Tensor, predictors: Tensor, targets: Tensor) -> Tensor:
         logits = model_forward(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        return token_loss_sum(logits, targets)
+        return token_loss_sum(logits, predictors, targets)
 
     return forward

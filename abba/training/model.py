@@ -60,13 +60,17 @@ def load_partitioned(
 
 
 def enable_checkpointing(model: PreTrainedModel, mode: str) -> None:
-    """Gradient checkpointing: of every decoder layer (`non_reentrant`, `reentrant`), of every second (`selective`)."""
+    """Gradient checkpointing: of every decoder layer (`reentrant`, `non_reentrant`), of every second (`selective`).
+
+    Reentrant is the rule: what else is recomputed under ZeRO-3 is gathered a third time (abba/planning/speed.py).
+    """
     if mode == "none":
         return
+    reentrant = mode != "non_reentrant"
     # Renamed in transformers 5; the old name is deprecated.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": mode == "reentrant"})
-    if mode == "reentrant":  # it needs an input with a gradient, and the embeddings are frozen
+    enable({"use_reentrant": reentrant})
+    if reentrant:  # it needs an input with a gradient, and the embeddings are frozen
         model.enable_input_require_grads()
     if mode == "selective":
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

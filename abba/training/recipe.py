@@ -95,7 +95,7 @@ class TrainSection(Section):
     adam_beta2: Momentum = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     max_grad_norm: Size = 1.0
-    gradient_checkpointing: Literal["non_reentrant", "reentrant", "selective", "none"] = "non_reentrant"
+    gradient_checkpointing: Literal["reentrant", "non_reentrant", "selective", "none"] = "reentrant"
     seed: Seed = 42
     eval_steps: Positive | None = None  # None: at the end only
     per_device_eval_batch_size: Positive = 8

@@ -55,7 +55,7 @@ def test_layer(tmp_path):
 
 def test_step(tmp_path):
     rows = run(tmp_path, "step", STEP)
-    assert {row["checkpointing"] for row in rows} == {"none", "selective", "non_reentrant"}
+    assert {row["checkpointing"] for row in rows} == {"none", "selective", "reentrant"}
     trainable = {row["method"]: row["trainable"] for row in rows}
     assert trainable["abba"] == trainable["lora"] == trainable["loha"] == trainable["hira"], "equal budgets"
     assert trainable["full"] > trainable["abba"] and all(row["tokens/s"] > 0 for row in rows)

@@ -52,7 +52,7 @@ def assert_equal_to_plan(found, plan):
         ("world2", 2, []),
         ("world4", 4, []),
         ("bf16", 2, ["model.dtype=bfloat16"]),
-        ("reentrant", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=reentrant"]),
+        ("non_reentrant", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=non_reentrant"]),
         ("none", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=none"]),
         ("selective", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=selective"]),
     ],

@@ -144,7 +144,7 @@ def test_rope_buffers_stay_fp32_in_bf16(runs):
     assert inverse and set(inverse.values()) == {"torch.float32"}
 
 
-@pytest.mark.parametrize(("mode", "linears"), [("reentrant", 28), ("none", 14), ("selective", 21)])
+@pytest.mark.parametrize(("mode", "linears"), [("non_reentrant", 28), ("none", 14), ("selective", 21)])
 def test_gradient_checkpointing_does_not_change_a_bit(runs, mode, linears):
     run, found = runs(mode, 2, "model.dtype=bfloat16", f"train.gradient_checkpointing={mode}")
     checkpointed, found_there = runs("bf16", 2, "model.dtype=bfloat16")

@@ -29,7 +29,7 @@ LAUNCHER_TELLS_SECONDS = 7
 
 
 # Rows that make test has no time for.
-beyond_make_test = pytest.mark.skipif(TRIALS < 10, reason="runs in CI and in make test-faults")
+beyond_make_test = pytest.mark.skipif(TRIALS < 10, reason="takes long; runs with ABBA_TRIALS=10, as in CI")
 
 
 def some(cases: list, few: list) -> list:

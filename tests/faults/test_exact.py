@@ -7,7 +7,7 @@ import pytest
 
 from abba.checkpoint.format import ShardReader, list_checkpoints, read_state
 from tests.faults.conftest import make_base
-from tests.faults.harness import STEPS, TRIALS, Lab, some
+from tests.faults.harness import STEPS, TRIALS, Lab, beyond_make_test, some
 
 pytestmark = pytest.mark.timeout(7200)
 EVERY_STEP = ["checkpoint.save_steps=1", f"checkpoint.save_total_limit={STEPS}"]
@@ -88,6 +88,7 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(lab, trial, ever
         assert "cannot be shared by 3 ranks" in finished[0].stderr
 
 
+@beyond_make_test
 def test_dropout_continues_too(tmp_path, trial):
     base = make_base(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())

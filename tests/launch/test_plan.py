@@ -102,3 +102,10 @@ def test_an_architecture_that_is_not_known_names_what_it_would_need(tmp_path):
     finished = plan(tmp_path / "out", "--recipe", "gsm8k", f"model.name_or_path={tmp_path}")
     assert finished.returncode == 64 and "'mamba2' cannot be planned" in finished.stderr
     assert "num_hidden_layers" in finished.stderr
+
+
+@pytest.mark.parametrize("more", ["--json", "--explain", "--nodes=2", "--gpu-memory-gib=80", "--rows=9"])
+def test_the_table_of_gpus_leaves_nothing_out_silently(tmp_path, more):
+    refused = plan(tmp_path, "--recipe", "gsm8k", "--table", more)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert more.partition("=")[0] in refused.stderr.splitlines()[-1]

@@ -8,6 +8,7 @@ import pytest
 
 from tests import warm
 from tests.distributed.ranks import STORIES, TINY, environment
+from tests.faults.harness import beyond_make_test
 from tests.warm import ROOT
 
 SCORED = [f"evaluate.path={STORIES / 'test.jsonl'}", "evaluate.limit=16", "evaluate.max_new_tokens=40"]
@@ -74,6 +75,7 @@ def shuffle_results(originals):
     return changed
 
 
+@beyond_make_test  # make quickstart is it
 def test_the_script_runs_end_to_end_on_the_real_launcher(tmp_path, base_score):
     """Seed 0: two ranks under `deepspeed`, ZeRO-3, bf16, checkpointing, conversion, PEFT check, scores."""
     result = subprocess.run(

@@ -65,7 +65,7 @@ def build(family, attention, layers=3, *, vocab=256, mode="none", rank=4, packin
     batch = collate(data, lines, 0, torch.device("cpu"))
     assert batch.input_ids.shape == shape
     job = Job(architecture_of(config.to_dict(), family), adapter, 1, rows, rows, tokens, mode, BF16, attention)
-    return model, (batch.input_ids, batch.position_ids, batch.targets), replace(job, packing=packing)
+    return model, batch.inputs, replace(job, packing=packing)
 
 
 def saved_bytes(*model, **changes):

@@ -1,6 +1,7 @@
 """Rows to tokens to batches: masks, EOS, BOS, truncation, bad rows; and who computes what at any world size."""
 
 import json
+import types
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from abba.errors import DataError
 from abba.text.prompt import render_prompt
 from abba.text.rows import RowSource
 from abba.training.batches import BatchPlan, collate, lines_of, split_rows
-from abba.training.loss import IGNORED, token_loss_sum
+from abba.training.loss import token_loss_sum
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 from tests.distributed.ranks import STORIES, TINY
 
@@ -40,6 +41,7 @@ def prepared(tmp_path, tokenizer, where, max_length=512, max_bad_rows=0):
     return TokenizedRows(path)
 
 
+IGNORED = -100
 ROW = {"question": "Ann has 3 pens. How many?", "answer": "There are 3.\n#### 3"}
 
 
@@ -79,11 +81,14 @@ def test_targets_are_the_response_and_its_eos_only(tmp_path, tokenizer, lines):
     data = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW, longer)))
     batch = collate(data, lines, tokenizer.eos_token_id, torch.device("cpu"))
     assert sorted(batch.rows) == [0, 1]
+    assert torch.equal(batch.predictors, batch.predictors.sort().values)
+    all_targets = torch.full_like(batch.input_ids, IGNORED)
+    all_targets.view(-1)[batch.predictors] = batch.targets
     for number, line in enumerate(lines):
         start = 0
         for row in line:
             stop, prompt = start + data.length(row), data.prompt_length(row)
-            ids, targets = batch.input_ids[number, start:stop], batch.targets[number, start:stop]
+            ids, targets = batch.input_ids[number, start:stop], all_targets[number, start:stop]
             assert torch.equal(ids, data.input_ids(row).long())
             assert batch.position_ids[number, start:stop].tolist() == list(range(stop - start))
             assert (targets[: prompt - 1] == IGNORED).all()
@@ -91,8 +96,8 @@ def test_targets_are_the_response_and_its_eos_only(tmp_path, tokenizer, lines):
             assert targets[-2] == tokenizer.eos_token_id, "EOS is learned although it also pads"
             assert targets[-1] == IGNORED, "a row does not predict the first token of the next"
             start = stop
-        assert (batch.targets[number, start:] == IGNORED).all()
-    assert int((batch.targets != IGNORED).sum()) == data.supervised_tokens([0, 1])
+        assert (all_targets[number, start:] == IGNORED).all()
+    assert len(batch.targets) == data.supervised_tokens([0, 1])
 
 
 def test_padding_does_not_change_the_loss(tmp_path, tokenizer):
@@ -100,7 +105,10 @@ def test_padding_does_not_change_the_loss(tmp_path, tokenizer):
     table = torch.nn.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)
     rows = [collate(data, [[row]], 2, torch.device("cpu")) for row in range(4)]
     together = collate(data, [[0], [1], [2], [3]], 2, torch.device("cpu"))
-    loss = lambda batch: float(token_loss_sum(table(batch.input_ids), batch.targets).detach())  # noqa: E731
+
+    def loss(batch):
+        return float(token_loss_sum(table(batch.input_ids), batch.predictors, batch.targets).detach())
+
     assert loss(together) == pytest.approx(sum(map(loss, rows)), rel=1e-5)
 
 
@@ -114,6 +122,16 @@ def test_lines_are_packed_full_and_hold_every_row_once(tmp_path, tokenizer):
     assert max(sizes) <= most and len(lines) <= 1.1 * sum(sizes) / most + 1
     assert lines_of(data, rows, data.length(rows[0]) - 1)[-1], "a row longer than a line has one of its own"
     assert len(lines_of(data, rows, float("inf"))) == 1
+
+
+def test_lines_are_of_one_length():
+    """Thirty rows as long as GSM8K's: lines packed one after the other would end with a short one."""
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.randint(70, 300, (30,), generator=random).tolist()
+    lines = lines_of(types.SimpleNamespace(length=lengths.__getitem__), list(range(30)), 512)
+    sizes = [sum(map(lengths.__getitem__, line)) for line in lines]
+    assert sum(sizes) == sum(lengths) and max(sizes) <= 512
+    assert len(sizes) * max(sizes) <= 1.03 * sum(sizes), "hardly any padding"
 
 
 def test_rows_of_like_length_share_a_micro_batch_of_the_same_global_batch(tmp_path, tokenizer):
