@@ -70,6 +70,7 @@ def test_load(tmp_path):
     assert max(row["peak beyond partition, MiB"] for row in ours) < 64
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     rows = run(tmp_path, "scaling", SCALING)
     assert [(row["ranks"], row["layers"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
