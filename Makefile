@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+ROWS ?= recipes/assets/stories/train.jsonl
 FAULTS := tests/faults tests/slurm/test_preemption.py
 
-.PHONY: help quickstart test test-slow test-faults test-slurm lint clean
+.PHONY: help quickstart test test-slow test-faults test-slurm bench lint clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, convert and score the embedded tiny model"
@@ -12,6 +13,8 @@ help:
 	@echo "make test-slow    the tests that take minutes each: real data, other seeds, large checkpoints"
 	@echo "make test-faults  100 of each fault on real ranks and on SLURM, two hours or three; writes a table to runs/faults.md"
 	@echo "make test-slurm   a real SLURM cluster on this machine, and mpirun; installed where root and apt are there"
+	@echo "make bench        time, memory and traffic beside PEFT's and transformers', half an hour on two cores that do"
+	@echo "                  nothing else; ROWS=gsm8k/train.jsonl packs these rows; writes benchmarks/results"
 	@echo "make lint         ruff and the import rules"
 
 # torch first and alone: a later resolution must not replace the build that suits this machine.
@@ -38,6 +41,16 @@ test-faults: $(INSTALLED)
 test-slurm: $(INSTALLED)
 	tests/slurm/cluster.sh install
 	$(BIN)/python -m pytest -m slurm
+
+# On a GPU: benchmarks/gpu.py, eight minutes.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --name step_others --layers 1 --modes none --methods lora hira dora full abba
+	$(BIN)/python benchmarks/load.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/packing.py --rows $(ROWS)
+	$(BIN)/python benchmarks/scaling.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -91,7 +91,7 @@ def write_safetensors(
 
 
 class SafetensorsFile:
-    """A safetensors file whose header was checked before anything is allocated; reads ranges with one pread each.
+    """A safetensors file whose header was checked before anything is allocated; reads ranges with one preadv each.
 
     Raises:
         CheckpointError: the file is missing, truncated, or its header does not describe exactly its bytes.
@@ -122,18 +122,14 @@ class SafetensorsFile:
         """Elements [start, stop) of the flattened tensor `name`, as a new 1-D tensor on the CPU."""
         stored = self.tensors[name]
         stop = stored.numel if stop is None else stop
-        wanted = (stop - start) * stored.dtype.itemsize
-        if wanted == 0:
-            return torch.empty(0, dtype=stored.dtype)
-        data = os.pread(self._descriptor, wanted, stored.offset + start * stored.dtype.itemsize)
-        while len(data) < wanted:  # Linux returns at most 2 GiB from one call
-            more = os.pread(
-                self._descriptor, wanted - len(data), stored.offset + start * stored.dtype.itemsize + len(data)
-            )
-            if not more:
+        values = torch.empty(stop - start, dtype=stored.dtype)
+        left, offset = memoryview(values.view(torch.uint8).numpy()), stored.offset + start * stored.dtype.itemsize
+        while left:  # Linux reads at most 2 GiB in one call
+            count = os.preadv(self._descriptor, [left], offset)
+            if count == 0:
                 raise CheckpointError(f"{self.path}: ends inside tensor {name}; the file is truncated, fetch it again")
-            data += more
-        return torch.frombuffer(bytearray(data), dtype=stored.dtype)
+            left, offset = left[count:], offset + count
+        return values
 
     def read_full(self, name: str) -> Tensor:
         return self.read(name).view(self.tensors[name].shape)

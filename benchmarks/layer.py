@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16, 32], help="r1 = r2 of ours")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=4)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="layer")
     arguments = parser.parse_args()

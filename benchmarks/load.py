@@ -10,10 +10,7 @@ the moment when all ranks have met, to the moment when the last one has its part
 
 import argparse
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,6 +21,7 @@ from typing import Any
 
 import torch
 from measure import RESULTS, write
+from ranks import run_ranks
 
 WAYS = ("ours", "from_pretrained")
 
@@ -64,6 +62,7 @@ def make_model(directory: Path, layers: int) -> int:
 def load_on_this_rank(way: str, directory: Path, result: Path) -> None:
     import torch.distributed as dist
     import transformers.models.llama.modeling_llama  # noqa: F401  its own memory is not the model's
+    from counting import count_reads
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -76,15 +75,7 @@ def load_on_this_rank(way: str, directory: Path, result: Path) -> None:
     ranks = ranks_from_environment()
     device = start_process_group(ranks)
     config = engine_config(torch.bfloat16, 1, 1, 1.0, {}, ranks)
-    bytes_read, pread = 0, os.pread
-
-    def counting(descriptor: int, size: int, offset: int) -> bytes:
-        nonlocal bytes_read
-        data = pread(descriptor, size, offset)
-        bytes_read += len(data)
-        return data
-
-    os.pread = counting  # ours reads by it alone; what the library maps cannot be counted so
+    read = count_reads()  # ours; what the library maps cannot be counted so
     dist.barrier()
     peak, started = AnonymousPeak(), time.perf_counter()
     peak.start()
@@ -98,38 +89,17 @@ def load_on_this_rank(way: str, directory: Path, result: Path) -> None:
         del keep
     dist.barrier()
     seconds, partition = time.perf_counter() - started, sum(p.ds_tensor.nbytes for p in model.parameters())
-    found = {"seconds": seconds, "peak": peak.end(), "partition": partition, "bytes_read": bytes_read}
+    found = {"seconds": seconds, "peak": peak.end(), "partition": partition, "bytes_read": read.total()}
     found["checksum"] = sum(int(p.ds_tensor.view(torch.int16).sum(dtype=torch.int64)) for p in model.parameters())
     result.write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-def measure(way: str, directory: Path, ranks: int) -> list[dict[str, Any]]:
-    """What each rank found."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as scratch:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-        probe.close()
-        results = [Path(scratch) / f"{rank}.json" for rank in range(ranks)]
-        common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-        started = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--rank-of", way, str(directory), str(result)],
-                env={**os.environ, **common, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL,
-            )
-            for rank, result in enumerate(results)
-        ]
-        if any([process.wait() for process in started]):
-            raise SystemExit(f"a rank of {way} failed; see above")
-        return [json.loads(result.read_text()) for result in results]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--layers", type=int, default=16, help="16.8 million parameters each, and 66 million besides")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--rank-of", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -139,31 +109,38 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         parameters = make_model(Path(scratch), arguments.layers)
+        files = sorted(Path(scratch).glob("*.safetensors"))
+        stored = sum(file.stat().st_size for file in files)
         for ranks in arguments.ranks:
             found: dict[str, list] = {way: [] for way in WAYS}
             for _ in range(arguments.repetitions):
                 for way in WAYS:
-                    found[way].append(measure(way, Path(scratch), ranks))
+                    found[way].append(run_ranks(__file__, [way, scratch], ranks))
             sums = {sum(rank["checksum"] for rank in run) for runs in found.values() for run in runs}
             assert len(sums) == 1, "the two ways loaded different weights"
-            rows += [row(way, ranks, found[way]) for way in WAYS]
+            rows += [row(way, ranks, found[way], stored) for way in WAYS]
             rows[-2]["times from_pretrained"] = rows[-2]["s"] / rows[-1]["s"]
-    write("load", " ".join(["python", *sys.argv]), {"parameters": parameters}, rows, arguments.output)
+    settings = {"parameters": parameters, "files": len(files), "bytes": stored}
+    write("load", " ".join(["python", *sys.argv]), settings, rows, arguments.output)
     return None
 
 
-def row(way: str, ranks: int, runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def row(way: str, ranks: int, runs: list[list[dict[str, Any]]], stored: int) -> dict[str, Any]:
+    """`runs`: what every rank found, for each repetition; `stored`: bytes of the files."""
     every = [rank for run in runs for rank in run]
     seconds = [max(rank["seconds"] for rank in run) for run in runs]
-    read = max(rank["bytes_read"] for rank in every) / 1e6 if way == "ours" else "mapped"
+    read = max(rank["bytes_read"] for rank in every)
     return {
         "way": way,
         "ranks": ranks,
         "s": median(seconds),
-        "read MB, most": read,
+        "read MB, most": read / 1e6 if way == "ours" else "mapped",
+        "read, of all": read / stored if way == "ours" else "",
         "partition MB": max(rank["partition"] for rank in every) / 1e6,
         "peak MB, most": max(rank["peak"] for rank in every) / 1e6,
+        "peak beyond partition, MiB": max(rank["peak"] - rank["partition"] for rank in every) / 2**20,
         "seconds": seconds,
+        "found": runs,
     }
 
 

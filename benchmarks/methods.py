@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from abba.adapter.config import AdapterConfig
 from abba.adapter.functional import khatri_rao_a, khatri_rao_b
-from abba.adapter.inject import inject
+from abba.adapter.initialize import Factors
+from abba.adapter.inject import factor_shapes, find_targets, inject
 from abba.adapter.linear import AbbaLinear, abba_modules
 
 METHODS = ("frozen", "lora", "dora", "hira", "loha", "textbook", "abba")
@@ -23,6 +24,14 @@ class TextbookAbba(AbbaLinear):
         return F.linear(input, self.weight, self.bias) + self.scale * F.linear(hidden, khatri_rao_b(self.B1, self.B2))
 
 
+def placeholders(model: nn.Module, config: AdapterConfig) -> dict[str, Factors]:
+    """Factors that take no time to make; their values follow."""
+    return {
+        name: Factors(*(torch.ones(shape) for shape in factor_shapes(linear, config)))
+        for name, linear in find_targets(model, config).items()
+    }
+
+
 def adapt(model: nn.Module, method: str, targets: Iterable[str], rank: int = 16) -> nn.Module:
     """`model` with an adapter of 2 * rank * (in + out) parameters a layer: r1 = r2 = rank, LoRA of twice that rank.
 
@@ -32,7 +41,8 @@ def adapt(model: nn.Module, method: str, targets: Iterable[str], rank: int = 16)
     if method == "frozen":
         return model.requires_grad_(False)
     if method in ("abba", "textbook"):
-        inject(model, AdapterConfig(r1=rank, r2=rank, alpha=24.0, target_modules=tuple(targets)))
+        config = AdapterConfig(r1=rank, r2=rank, alpha=24.0, target_modules=tuple(targets))
+        inject(model, config, factors=placeholders(model, config))
         if method == "textbook":
             for module in abba_modules(model).values():
                 module.__class__ = TextbookAbba

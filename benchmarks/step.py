@@ -2,6 +2,7 @@
 """A training step of decoder layers with the real shapes of a model: tokens/s and peak memory of each method.
 
     python benchmarks/step.py                                       # two layers of Llama-3.1-8B, as on two cores
+    python benchmarks/step.py --name step_others --layers 1 --modes none --methods lora hira dora full abba
     python benchmarks/step.py --layers 32 --tokens 4096 --batch 2 --modes none selective       # the model, on a GPU
 
 Random weights, no embedding and no head: what an adapter changes. The optimizer is the same AdamW for all.
@@ -9,6 +10,7 @@ Random weights, no embedding and no head: what an adapter changes. The optimizer
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -44,35 +46,54 @@ def decoder(method: str, mode: str, layers: int, dtype: torch.dtype, shape: dict
 
 
 class Step:
-    """Forward, backward and AdamW on one batch."""
+    """A step: `compute`, which does forward and backward, and AdamW on what trains."""
 
-    def __init__(self, model: nn.Module, batch: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
-        self.model = model
-        generator = torch.Generator().manual_seed(0)
-        x_BTI = torch.randn(batch, tokens, hidden, generator=generator).to(device(), dtype)
-        self.x_BTI, self.dy_BTI = x_BTI.requires_grad_(), torch.randn_like(x_BTI) * 1e-3
+    def __init__(self, model: nn.Module, compute: Callable[[], None]) -> None:
+        self.compute = compute
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        fused = {"fused": True} if x_BTI.is_cuda else {"foreach": True}
+        fused = {"fused": True} if self.trainable[0].is_cuda else {"foreach": True}
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, **fused)
 
     def __call__(self) -> None:
-        self.model(inputs_embeds=self.x_BTI, use_cache=False).last_hidden_state.backward(self.dy_BTI)
+        self.compute()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.x_BTI.grad = None
+
+
+def decoder_step(model: nn.Module, batch: int, tokens: int, hidden: int, dtype: torch.dtype) -> Step:
+    """On one batch of hidden states and of their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x_BTI = torch.randn(batch, tokens, hidden, generator=generator).to(device(), dtype)
+    x_BTI, dy_BTI = x_BTI.requires_grad_(), torch.randn_like(x_BTI) * 1e-3
+
+    def compute() -> None:
+        model(inputs_embeds=x_BTI, use_cache=False).last_hidden_state.backward(dy_BTI)
+        x_BTI.grad = None
+
+    return Step(model, compute)
+
+
+def linears(shape: dict[str, int]) -> list[tuple[int, int]]:
+    """(out, in) of the seven adapted linears of a layer."""
+    hidden, mlp = shape["hidden_size"], shape["intermediate_size"]
+    kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    return [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(mlp, hidden)] * 2 + [(hidden, mlp)]
+
+
+def narrowed(shape: dict[str, int], width: int) -> dict[str, int]:
+    """Sizes, but not numbers of heads, divided by `width`."""
+    return shape | {key: value // width for key, value in shape.items() if "size" in key}
 
 
 def counted_ratio(shape: dict[str, int], tokens: int, mode: str) -> float:
     """Tokens/s of ours over LoRA's of r = 32, by FLOP of the seven linears and attention alone."""
-    hidden, mlp = shape["hidden_size"], shape["intermediate_size"]
-    kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
-    linears = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(mlp, hidden)] * 2 + [(hidden, mlp)]
     again = {"none": 0.0, "selective": 0.5, "non_reentrant": 1.0, "reentrant": 1.0}[mode]  # forwards computed twice
 
     def flops(rank: int) -> float:
-        base = sum((4 + 2 * again) * o * i for o, i in linears)
-        adapter = sum((6 + 2 * again) * rank * (o + i) for o, i in linears)
-        attention = (4 + 2 * again) * 2 * tokens * hidden * 0.5  # scores and values, half of them masked
+        base = sum((4 + 2 * again) * o * i for o, i in linears(shape))
+        adapter = sum((6 + 2 * again) * rank * (o + i) for o, i in linears(shape))
+        # Scores and values, half of them masked.
+        attention = (4 + 2 * again) * 2 * tokens * shape["hidden_size"] * 0.5
         return base + adapter + attention
 
     return flops(32) / flops(256)
@@ -82,7 +103,7 @@ def compare(
     methods: list[str], mode: str, layers: int, batch: int, tokens: int, dtype: str, repetitions: int, shape: dict
 ) -> list[dict[str, Any]]:
     build = partial(decoder, mode=mode, layers=layers, dtype=DTYPES[dtype], shape=shape)
-    steps = {name: Step(build(name), batch, tokens, shape["hidden_size"], DTYPES[dtype]) for name in methods}
+    steps = {name: decoder_step(build(name), batch, tokens, shape["hidden_size"], DTYPES[dtype]) for name in methods}
     seconds = in_turns(steps, repetitions)
     rate = {name: batch * tokens / median(seconds[name]) for name in methods}
     rows = []
@@ -105,14 +126,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     modes = ("none", "selective", "non_reentrant", "reentrant")
     parser.add_argument("--modes", nargs="+", choices=modes, default=["none", "selective", "reentrant"])
-    parser.add_argument("--methods", nargs="+", choices=STEP_METHODS, default=["lora", "loha", "hira", "dora", "abba"])
+    parser.add_argument("--methods", nargs="+", choices=STEP_METHODS, default=["lora", "loha", "abba"])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--width", type=int, default=1, help="divide the widths by this; for a quick look")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="step")
     arguments = parser.parse_args()
-    narrow = {key: value // arguments.width for key, value in LLAMA_8B.items() if "size" in key}
-    shape = LLAMA_8B | narrow
+    shape = narrowed(LLAMA_8B, arguments.width)
     rows = []
     for mode in arguments.modes:
         rows += compare(

@@ -198,7 +198,7 @@ def _check_state(state: CheckpointState) -> None:
 
 
 class ShardReader:
-    """Full tensors, or any range of them, from the shards of a checkpoint; one pread per shard and range."""
+    """Full tensors, or any range of them, from the shards of a checkpoint; one preadv per shard and range."""
 
     def __init__(self, directory: Path, state: CheckpointState) -> None:
         self._state = state

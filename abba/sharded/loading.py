@@ -8,9 +8,10 @@ between them, from which forward and backward gather. It is read from disk in th
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from abba.base_files import BaseFiles
 from abba.checkpoint.slices import slice_bounds
 from abba.errors import CheckpointError
 
+BLOCK = 2**21  # elements read at a time: what a rank needs beyond its partition does not grow with the tensors
 TRAINABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -68,22 +70,21 @@ def load_base(model: nn.Module, directory: Path, rank: int, world_size: int) -> 
     with BaseFiles(directory) as checkpoint:
         places = _match_names(model, checkpoint)
         read_sum, bytes_read, elements, untied = 0, 0, 0, 0
+
+        def read(name: str, start: int, stop: int) -> Tensor:
+            nonlocal bytes_read, untied
+            values = checkpoint.read(name, start, stop)
+            bytes_read += values.nbytes
+            for alias in places.aliases.get(name, ()):
+                same = checkpoint.read(alias, start, stop)
+                bytes_read += same.nbytes
+                untied += not torch.equal(same, values)
+            return values
+
         for name, parameter in places.parameters.items():
-            low = high = 0  # of what is read already: the smaller share often lies within the larger
-            for place, start, stop in _shares(parameter, rank, world_size):
-                if not low <= start <= stop <= high:
-                    values, low, high = checkpoint.read(name, start, stop), start, stop
-                    bytes_read += values.nbytes
-                    for alias in places.aliases.get(name, ()):
-                        same = checkpoint.read(alias, start, stop)
-                        bytes_read += same.nbytes
-                        untied += not torch.equal(same, values)
-                    values = values.to(place.dtype)
-                mine = values[start - low : stop - low]
-                place.data[: mine.numel()].copy_(mine)
-                place.data[mine.numel() :].zero_()
-            elements += mine.numel()
-            read_sum += _bit_sum(mine)
+            count, bits = _fill(_shares(parameter, rank, world_size), partial(read, name))
+            elements += count
+            read_sum += bits
         for name, buffer in places.buffers.items():
             buffer.copy_(checkpoint.read(name, 0, buffer.numel()).view(buffer.shape))
     held = [_shares(parameter, rank, world_size) for parameter in places.parameters.values()]
@@ -125,6 +126,31 @@ def _shares(parameter: nn.Parameter, rank: int, world_size: int) -> list[tuple[T
         _, stop = slice_bounds(parameter.ds_numel, first + nodes - 1, world_size)
         shares.insert(0, (parameter.ds_secondary_tensor, start, stop))
     return shares
+
+
+def _fill(shares: list[tuple[Tensor, int, int]], read: Callable[[int, int], Tensor]) -> tuple[int, int]:
+    """Fill each share, and its padding with zeros; (elements, checksum as read) of the last."""
+    elements = checksum = 0
+    for start, stop in _blocks(shares):
+        values = read(start, stop).to(shares[-1][0].dtype)
+        for place, low, high in shares:
+            mine = values[max(low - start, 0) : max(high - start, 0)]
+            place.data[max(start - low, 0) :][: mine.numel()].copy_(mine)
+        elements += mine.numel()
+        checksum += _bit_sum(mine)
+    for place, low, high in shares:
+        place.data[high - low :].zero_()
+    return elements, checksum
+
+
+def _blocks(shares: list[tuple[Tensor, int, int]]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of what to read at a time. Shares are whole slices: one lies within another or apart from it."""
+    low = high = 0
+    for _, first, last in shares:
+        if not low <= first <= last <= high:
+            for start in range(first, last, BLOCK):
+                yield start, min(start + BLOCK, last)
+            low, high = first, last
 
 
 @dataclass
@@ -203,4 +229,5 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _bit_sum(values: Tensor) -> int:
     """Sum of the values' bit patterns as integers: exact, and the same in any order."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return int(values.detach().view(whole).sum(dtype=torch.int64))
+    parts = values.detach().view(whole).split(2**17)  # a CPU makes int64 of what it adds up, four times as much
+    return int(sum(part.sum(dtype=torch.int64) for part in parts))

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests import warm
 
+PARTS = ("step", "profile", "memory", "layer", "targets")
 LAYER = ["--shapes", "96x64", "--tokens", "16", "--ranks", "2", "4", "--repetitions", "2"]
 STEP = [
     "--width",
@@ -26,6 +27,8 @@ STEP = [
 ]
 SVD = ["--svd-size", "64", "--svd-rank", "8", "--repetitions", "1"]
 START = ["--models", "random", "--layers", "1", "--ranks", "2", "--launcher", "torchrun", "--repetitions", "1"]
+SCALING = ["--ranks", "1", "2", "--layers", "1", "2", "--hidden", "64", "--tokens", "16", "--repetitions", "2"]
+GPU = ["--width", "64", "--layers", "2", "--tokens", "16", "--repetitions", "1"]
 LOAD = ["--ranks", "1", "2", "--layers", "1", "--repetitions", "1"]
 
 
@@ -87,7 +90,39 @@ def test_load(tmp_path):
     rows = run(tmp_path, "load", LOAD)
     ours = [row for row in rows if row["way"] == "ours"]
     assert [row["ranks"] for row in ours] == [1, 2]
-    assert ours[1]["read MB, most"] == pytest.approx(ours[0]["read MB, most"] / 2, rel=0.01)
+    assert [row["read, of all"] for row in ours] == pytest.approx([1, 1 / 2], rel=0.01)
+    assert max(row["peak beyond partition, MiB"] for row in ours) < 64
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path):
+    rows = run(tmp_path, "scaling", SCALING)
+    assert [(row["ranks"], row["layers"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(row["counted as planned"] and len(row["seconds"]) == 2 for row in rows)
+    alone, together = rows[1], rows[3]
+    assert alone["gathered MB"] == 0 < together["gathered MB"] and len(together["found"]) == 2
+    assert together["reduced MB"] == alone["reduced MB"] / 2  # each rank computes half of the micro-batches
+
+
+def test_gpu(tmp_path):
+    """On a CPU, where its times and peaks mean nothing."""
+    finished = warm.run(tmp_path / "log", "benchmarks/gpu.py", *GPU, "--output", str(tmp_path))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    of = {part: json.loads((tmp_path / f"gpu_{part}.json").read_text())["rows"] for part in PARTS}
+    assert [(row["checkpointing"], row["method"]) for row in of["step"]] == [
+        (mode, method) for mode in ("none", "selective") for method in ("lora", "abba")
+    ]
+    assert of["step"][1]["counted over lora"] < of["step"][0]["counted over lora"] == 1
+    assert sum(row["% of all"] for row in of["profile"]) == pytest.approx(100)
+    assert len({row["layer"] for row in of["layer"]}) == 8 and len(of["targets"]) == 8
+    assert "skipped" not in finished.stdout
+
+
+def test_gpu_says_what_the_time_does_not_suffice_for(tmp_path):
+    arguments = [*GPU, "--minutes", "0.1", "--output", str(tmp_path)]
+    finished = warm.run(tmp_path / "log", "benchmarks/gpu.py", *arguments)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.count("skipped: ") == 7 and not list(tmp_path.glob("*.json"))
 
 
 def test_the_textbook_layer_is_the_same_function(monkeypatch):

@@ -1,6 +1,7 @@
 """Checkpoints as files: slices join to the tensor, damage is named, the newest valid one is found."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -149,6 +150,15 @@ def test_our_writer_writes_what_the_library_reads(tmp_path):
         assert file.metadata == {"k": "v"}
         assert all(torch.equal(file.read_full(name), tensors[name]) for name in tensors)
         assert torch.equal(file.read("a", 5, 9), tensors["a"].flatten()[5:9])
+
+
+def test_a_read_that_gives_less_than_asked_is_continued(tmp_path, monkeypatch):
+    """As Linux does beyond 2 GiB, and network file systems at any size."""
+    preadv, tensor = os.preadv, torch.randn(50)
+    write_safetensors(tmp_path / "x.safetensors", {"a": Spec((50,), torch.float32)}, [tensor], {})
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: preadv(file, [buffers[0][:7]], offset))
+    with SafetensorsFile(tmp_path / "x.safetensors") as file:
+        assert torch.equal(file.read("a", 3, 49), tensor[3:49])
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 20, -1])

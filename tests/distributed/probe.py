@@ -5,16 +5,16 @@ RANK=0 WORLD_SIZE=2 ... python tests/distributed/probe.py RESULT.json --recipe .
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import torch
 import train as program
-from deepspeed.comm.torch import TorchBackend
+from counting import count_communication, count_reads
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param
 
@@ -26,7 +26,6 @@ import abba.training.resume
 
 FACTORS = ("A1", "B1", "A2", "B2")
 result = {
-    "bytes_read": 0,
     "gathered_factors": [],
     "gathered_base": [],
     "resident_2d": [],
@@ -42,20 +41,7 @@ result = {
 }
 gathers: Counter[str] = Counter()
 forwards: Counter[str] = Counter()
-moved: Counter[str] = Counter()
-
-
-def watch_reads() -> None:
-    pread = os.pread
-
-    def counting(descriptor, size, offset):
-        data = pread(descriptor, size, offset)
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if name.startswith("model") and offset > 8:  # below are the header's length and the header
-            result["bytes_read"] += len(data)
-        return data
-
-    os.pread = counting
+read, moved = count_reads(), count_communication()
 
 
 def watch_engine() -> None:
@@ -116,8 +102,8 @@ def watch_gathers(engine) -> None:
         result["gathered_base"].append(sum(n for name, n in gathers.items() if not name.endswith(FACTORS)))
         result["resident_2d"].append(sum(p.data.numel() for p in matrices))
         result["stale_factors"].append(stale_factors(engine))
-        result["gathered_bytes"].append(moved["all_gather_into_tensor"])
-        result["reduced_bytes"].append(moved["reduce_scatter_tensor"])
+        result["gathered_bytes"].append(moved["gathered"])
+        result["reduced_bytes"].append(moved["reduced"])
         result["allocated_bytes"] = allocated(engine)
         return outcome
 
@@ -135,21 +121,6 @@ def stale_factors(engine) -> int:
             fresh = torch.equal(p.data.flatten()[start:stop], master) and p.ds_secondary_tensor is None
             stale += not fresh
     return stale
-
-
-def watch_communication() -> None:
-    """Counts what a rank receives from its gathers and gives to its reductions, where DeepSpeed calls torch."""
-    gather, reduce = TorchBackend.all_gather_into_tensor, TorchBackend.reduce_scatter_tensor
-
-    def gathering(self, output_tensor, input_tensor, *arguments, **named):
-        moved["all_gather_into_tensor"] += output_tensor.nbytes
-        return gather(self, output_tensor, input_tensor, *arguments, **named)
-
-    def reducing(self, output_tensor, input_tensor, *arguments, **named):
-        moved["reduce_scatter_tensor"] += input_tensor.nbytes
-        return reduce(self, output_tensor, input_tensor, *arguments, **named)
-
-    TorchBackend.all_gather_into_tensor, TorchBackend.reduce_scatter_tensor = gathering, reducing
 
 
 def allocated(engine) -> dict[str, int]:
@@ -209,11 +180,10 @@ def digest(tensor: torch.Tensor) -> str:
 
 if __name__ == "__main__":
     output = Path(sys.argv.pop(1))
-    watch_reads()
-    watch_communication()
     watch_engine()
     watch_svd()
     watch_layers()
     code = program.main()
+    result["bytes_read"] = sum(count for name, count in read.items() if name.startswith("model"))
     output.write_text(json.dumps(result))
     sys.exit(code)
