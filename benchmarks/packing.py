@@ -93,7 +93,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--packed-rows", type=int, default=16, help="rows of a packed micro-batch")
     parser.add_argument("--pieces", type=int, default=8000, help="of the tokenizer")
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument(
+        "--hidden", type=int, default=1024, help="narrower, attention would weigh more than in a large model"
+    )
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -102,7 +104,7 @@ def main() -> None:
     config = LlamaConfig(
         hidden_size=arguments.hidden,
         intermediate_size=4 * arguments.hidden,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=8,
         vocab_size=arguments.pieces,
     )
