@@ -86,7 +86,7 @@ def _grade(question: Question, text: str, isolated: "_Process") -> Grade:
 
 @contextmanager
 def _isolated() -> Iterator["_Process"]:
-    process = _Process()
+    process = _Process(SECONDS)
     try:
         yield process
     finally:
@@ -96,7 +96,8 @@ def _isolated() -> Iterator["_Process"]:
 class _Process:
     """Compares expressions in a child: sympy catches what a time limit inside its own process raises."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: int) -> None:
+        self.seconds = seconds
         self._child: Any = None
         self._pipe: Connection | None = None
 
@@ -123,7 +124,7 @@ class _Process:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would take this process's GPU memory along
         self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_compare, args=(theirs,), daemon=True)
+        self._child = context.Process(target=_compare, args=(theirs, self.seconds), daemon=True)
         self._child.start()
         theirs.close()
 
@@ -132,12 +133,14 @@ class _Process:
         code = self._child.exitcode
         self.end()
         return (
-            f"math-verify takes more than {SECONDS} s" if code == -signal.SIGALRM else f"math-verify ended with {code}"
+            f"math-verify takes more than {self.seconds} s"
+            if code == -signal.SIGALRM
+            else f"math-verify ended with {code}"
         )
 
 
-def _compare(pipe: Connection) -> None:
-    """The child: pairs come in, (right, what failed) goes out, until the other end is closed."""
+def _compare(pipe: Connection, seconds: int) -> None:
+    """The child: pairs come in, (right, what failed) goes out, until the other end is closed; `seconds` for each."""
     from abba.text.expressions import same_expression
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limit is off
@@ -149,7 +152,7 @@ def _compare(pipe: Connection) -> None:
             pair = pipe.recv()
         except EOFError:
             return
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         try:
             answer = (same_expression(*pair), None)
         except Exception as error:

@@ -3,13 +3,14 @@
 import re
 from fractions import Fraction
 
-_SIGN, _CURRENCY = r"[-+−–]", r"[$€£¥]*"
+# What repeats in front of a number is bounded: a text of nothing but $ would otherwise take the square of its length.
+_SIGN, _CURRENCY = r"[-+−–]", r"[$€£¥]{0,3}"
 _DIGITS = (
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,2}(?![0-9A-Za-z]))?|\.[0-9]+)"
 )
 _FRACTION = rf"(?:[0-9]+\s+[0-9]+\s*/\s*[0-9]+|{_DIGITS}(?:\s*/\s*{_DIGITS})?)"  # mixed ones too: 1 1/2
-_NUMBER = rf"{_SIGN}?\s*{_CURRENCY}\s*{_SIGN}?{_FRACTION}"
-_DECORATION = r"(?:[\s*_`(]|\\boxed\{|\\[(\[])*"
+_NUMBER = rf"{_SIGN}?\s{{0,3}}{_CURRENCY}\s{{0,3}}{_SIGN}?{_FRACTION}"
+_DECORATION = r"(?:[\s*_`(]|\\boxed\{|\\[(\[]|\$(?=\\))*"
 _MARKED = (
     re.compile(rf"####{_DECORATION}({_NUMBER})"),  # GSM8K
     re.compile(rf"answer\s+is\s*:?{_DECORATION}({_NUMBER})", re.IGNORECASE),  # MetaMathQA

@@ -7,7 +7,7 @@ from abba.errors import RecipeError
 from abba.text.answers import extract_any_number
 
 _STATED = re.compile(r"answer\s+is\s*:?[ \t*]*(\S[^\n]*)", re.IGNORECASE)
-_BOXED = re.compile(r"\\f?boxed\s*")
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\(?:left|right|,|!|;|:|quad|qquad| )|\s+")

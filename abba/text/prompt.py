@@ -11,7 +11,7 @@ PROMPTS = {
     "plain": "{instruction}\n",
 }
 DEFAULT_PROMPT = "alpaca"
-_NEXT_PROMPT = re.compile(r"\n\s*(?:###\s*(?:Instruction|Input|Response)\b|Below is an instruction that describes)")
+_NEXT_PROMPT = re.compile(r"\n[ \t]*(?:###\s*(?:Instruction|Input|Response)\b|Below is an instruction that describes)")
 
 
 def render_prompt(instruction: str, prompt: str = DEFAULT_PROMPT) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 import abba.evaluation.tasks
-from abba.evaluation.tasks import load_questions
+from abba.evaluation.tasks import Question, load_questions
 from tests.distributed.ranks import STORIES
 
 
@@ -24,5 +24,5 @@ def test_a_hub_dataset_is_scored_on_its_test_split(monkeypatch, path, expected):
         yield [0], ["1 + 1?"], ["#### 2"]
 
     monkeypatch.setattr(abba.evaluation.tasks, "usable_rows", rows)
-    assert load_questions("gsm8k", path, None) == [("1 + 1?", "#### 2")]
+    assert load_questions("gsm8k", path, None) == [Question("gsm8k", 0, "1 + 1?", "#### 2", "2")]
     assert asked == [expected]
