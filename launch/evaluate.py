@@ -16,7 +16,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from common import positive
+from common import count, positive
 
 from abba.errors import AbbaError, RecipeError, exit_with
 from abba.sharded.ranks import LAUNCHERS, Ranks, ranks_from_environment
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", choices=PROMPTS, help="default: that of the adapter's training, or alpaca")
     parser.add_argument(
         "--max-ungraded",
-        type=int,
+        type=count,
         default=0,
         metavar="N",
         help="rows that no grader can decide and that count as wrong",

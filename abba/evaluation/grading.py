@@ -122,7 +122,7 @@ class _Process:
             self._child = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would take this process's GPU memory along
+        context = multiprocessing.get_context("forkserver")  # a fork would take this process's GPU memory along
         self._pipe, theirs = context.Pipe()
         self._child = context.Process(target=_compare, args=(theirs, self.seconds), daemon=True)
         self._child.start()
@@ -132,11 +132,8 @@ class _Process:
         self._child.join()
         code = self._child.exitcode
         self.end()
-        return (
-            f"math-verify takes more than {self.seconds} s"
-            if code == -signal.SIGALRM
-            else f"math-verify ended with {code}"
-        )
+        late = f"takes more than {self.seconds} s"
+        return f"math-verify {late if code == -signal.SIGALRM else f'ended with {code}'}"
 
 
 def _compare(pipe: Connection, seconds: int) -> None:
