@@ -11,15 +11,14 @@ The same command continues an evaluation that was killed. With several ranks eac
 """
 
 import argparse
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
 from common import count, positive
 
-from abba.errors import AbbaError, RecipeError, exit_with
-from abba.sharded.ranks import LAUNCHERS, Ranks, ranks_from_environment
+from abba.errors import AbbaError, exit_with
+from abba.sharded.ranks import Ranks, go_alone, ranks_from_environment
 from abba.text.graders import SUITES
 from abba.text.prompt import PROMPTS
 
@@ -67,22 +66,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def take_own_gpu(ranks: Ranks) -> None:
-    """This rank alone, with one GPU: what its engines read in the environment when they are imported."""
-    if ranks.world_size == 1:
-        return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(rank) for rank in range(ranks.local_world_size)]
-    if len(gpus) > 1:  # a launcher may have given each rank its own already
-        if ranks.local_rank >= len(gpus):
-            raise RecipeError(
-                f"{ranks.local_world_size} ranks on this node, CUDA_VISIBLE_DEVICES={visible}: one GPU each"
-            )
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[ranks.local_rank]
-    for name in {name for names in LAUNCHERS.values() for name in names} | {"MASTER_ADDR", "MASTER_PORT"}:
-        os.environ.pop(name, None)
-
-
 def score(arguments: argparse.Namespace, ranks: Ranks) -> None:
     # Imported here because it takes seconds, and after the GPU is chosen.
     from abba.base_model import DTYPES
@@ -112,7 +95,7 @@ def main() -> int:
     try:
         ranks = ranks_from_environment()
         prefix = f"rank {ranks.rank}: " if ranks.rank else ""
-        take_own_gpu(ranks)
+        go_alone(ranks)
         score(arguments, ranks)
     except AbbaError as error:
         return exit_with(error, prefix)
