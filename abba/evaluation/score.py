@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,18 +61,10 @@ def evaluate(
     prompts = encode_prompt(tokenizer, [question.instruction for question in questions], subject.prompt)
     sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "dtype": dtype}
     plan = plan_answers(subject.base, subject.adapter, tokenizer, prompts, engine=engine, say=say, **sizes)
-    settings = {
-        "task": task,
-        "n": len(questions),
-        "rows": _hash([list(asdict(question).values()) for question in questions]),
-        "prompt": subject.prompt,
-        "prompts": _hash(prompts),
-        **subject.contents(),
-        **sizes,
-        "dtype": str(dtype).removeprefix("torch."),
-        **{key: plan.made_by[key] for key in ("engine", "engine_version")},
-        "torch": version("torch"),
-    }
+    settings = {"task": task, "n": len(questions), "prompt": subject.prompt, **subject.contents(), **sizes}
+    settings |= {"dtype": str(dtype).removeprefix("torch."), "torch": version("torch")}
+    settings |= {"rows": _hash([astuple(question) for question in questions]), "prompts": _hash(prompts)}
+    settings |= {key: plan.made_by[key] for key in ("engine", "engine_version")}
     kept = Kept(output, settings, ranks, replace)
     _generate(task, plan, kept, len(questions), ranks, say)
     if not ranks.is_main:
