@@ -1,17 +1,23 @@
 """An evaluation that is killed at any row, or shared by ranks, ends with the same bytes as one that is not."""
 
 import json
+import os
+import shutil
 import time
 
 import pytest
 import torch
 
 import abba.evaluation.kept
+from abba import save_adapter
 from abba.errors import CheckpointError, RankLostError
 from abba.evaluation.kept import Kept, batches_by_length
+from abba.evaluation.score import evaluate
+from abba.evaluation.subject import Subject
 from abba.sharded.ranks import Ranks
 from tests import warm
 from tests.distributed.ranks import STORIES, TINY, free_port
+from tests.evaluation.made import adapted, answering
 from tests.faults.harness import TRIALS, chance
 
 ROWS, POINTS = 24, ("before", "half", "after", "half", "after", "grade", "between")
@@ -154,19 +160,25 @@ def test_ranks_that_wait_in_vain_say_for_what(tmp_path, monkeypatch):
     assert main.gather(2) == ["x", "y"]
 
 
-def test_the_settings_are_those_that_decide_the_generations(tmp_path):
-    """Another adapter, base, data, prompt or number of tokens is another evaluation."""
-    from abba.evaluation.score import evaluate
-    from abba.evaluation.subject import Subject
+def test_the_settings_are_those_that_decide_the_generations(tmp_path, monkeypatch):
+    """Another base, adapter, data, prompt or number of tokens is another evaluation; a moved base is the same."""
+    shutil.copytree(TINY, tmp_path / "moved")
+    shutil.copytree(TINY, tmp_path / "changed")
+    with (tmp_path / "changed/model.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x11")
+    save_adapter(adapted()[0], tmp_path / "adapter")
+    answering(monkeypatch, ["#### 1"] * 3)
 
-    def settings(prompt="alpaca", limit=2, max_new_tokens=2, batch_size=2):
-        output = tmp_path / f"{prompt}-{limit}-{max_new_tokens}-{batch_size}"
+    def settings(base=TINY, adapter=None, prompt="alpaca", limit=2, max_new_tokens=2, batch_size=2):
+        output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         sizes = {"limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        task = (Subject(TINY, None, prompt), "gsm8k", str(STORIES / "test.jsonl"))
+        task = (Subject(base, adapter, prompt), "gsm8k", str(STORIES / "test.jsonl"))
         evaluate(*task, output, **sizes, dtype=torch.bfloat16, say=lambda _: None)
         return json.loads((output / "generated/settings.json").read_text())
 
     plain = settings()
-    assert {"base_content", "adapter_content", "rows", "prompts", "dtype", "engine_version"} <= plain.keys()
-    for changes in ({"prompt": "plain"}, {"limit": 3}, {"max_new_tokens": 3}, {"batch_size": 1}):
+    assert settings() == plain == settings(base=tmp_path / "moved")
+    different = [{"base": tmp_path / "changed"}, {"adapter": tmp_path / "adapter"}, {"prompt": "plain"}, {"limit": 3}]
+    for changes in (*different, {"max_new_tokens": 3}, {"batch_size": 1}):
         assert settings(**changes) != plain, changes
