@@ -11,7 +11,7 @@ from tests.evaluation.made import commonsense
 from tests.warm import ROOT
 
 RECIPES = ROOT / "recipes"
-RUN = ["launch/train.py", "--recipe", "quickstart", "train.max_steps=2", "data.max_rows=60", "data.prompt=plain"]
+RUN = ["launch/train.py", "--recipe", "quickstart", "train.max_steps=2", "data.max_rows=124", "data.prompt=plain"]
 
 
 def test_a_recipe_names_a_task_and_a_prompt_that_exist():
