@@ -2,8 +2,12 @@
 """Score a base model, with or without an adapter: greedy generation, exact match, every generation kept.
 
 python launch/evaluate.py --model meta-llama/Llama-3.1-8B --task gsm8k --output runs/gsm8k/base
-python launch/evaluate.py --model meta-llama/Llama-3.1-8B --adapter runs/gsm8k/adapter \\
-        --task gsm8k --output runs/gsm8k/score
+python launch/evaluate.py --adapter runs/gsm8k --task gsm8k --output runs/gsm8k/score
+python launch/evaluate.py --adapter runs/gsm8k/checkpoints/step-000100 --task math --output runs/gsm8k/math
+torchrun --nproc_per_node 8 launch/evaluate.py --adapter adapters/mine --task commonsense \\
+        --data LLM-Adapters/dataset --output runs/mine/commonsense
+
+The same command continues an evaluation that was killed. With several ranks each needs the whole model on its own GPU.
 """
 
 import argparse
@@ -11,21 +15,43 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from common import positive
+from common import count, positive
 
 from abba.errors import AbbaError, exit_with
+from abba.sharded.ranks import Ranks, go_alone, ranks_from_environment
+from abba.text.graders import SUITES
+from abba.text.prompt import PROMPTS
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the base: a directory, or a Hub name that is in the cache")
+    parser.add_argument(
+        "--model", help="the base: a directory, or a Hub name that is in the cache; default: the adapter's"
+    )
     parser.add_argument("--revision", help="of a Hub model")
-    parser.add_argument("--adapter", type=Path, help="an adapter directory; without it the bare base is scored")
-    parser.add_argument("--task", required=True, help="gsm8k")
-    parser.add_argument("--data", help="a .jsonl, .json or .parquet file instead of the Hub's test split")
-    parser.add_argument("--limit", type=positive, help="only the first N rows")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        help="an adapter directory, a checkpoint, or a run: its newest valid one; without it the bare base is scored",
+    )
+    parser.add_argument("--any-base", action="store_true", help="score an adapter on a base that it was not trained on")
+    parser.add_argument("--task", required=True, help=f"{', '.join(SUITES)}, or lm-eval:TASK of lm-evaluation-harness")
+    parser.add_argument(
+        "--data",
+        help="a .jsonl, .json or .parquet file instead of the Hub's test split; for commonsense the directory of "
+        "TASK/test.json; for lm-eval one of task definitions",
+    )
+    parser.add_argument("--limit", type=positive, help="only the first N rows of each task")
     parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument("--max-new-tokens", type=positive, default=512)
+    parser.add_argument("--max-new-tokens", type=positive, help="default: gsm8k 512, math 1024, commonsense 32")
+    parser.add_argument("--prompt", choices=PROMPTS, help="default: that of the adapter's training, or alpaca")
+    parser.add_argument(
+        "--max-ungraded",
+        type=count,
+        default=0,
+        metavar="N",
+        help="rows that no grader can decide and that count as wrong",
+    )
     parser.add_argument(
         "--engine",
         choices=["auto", "vllm", "transformers"],
@@ -36,29 +62,46 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help="directory for scores.json and generations.jsonl; replaced there"
     )
-    arguments = parser.parse_args()
-    try:
-        from abba.base_model import DTYPES, find_base
-        from abba.evaluation.score import evaluate
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser.parse_args()
 
-        scores = evaluate(
-            find_base(arguments.model, arguments.revision),
-            arguments.adapter,
-            arguments.task,
-            arguments.data,
-            arguments.output,
-            limit=arguments.limit,
-            engine=arguments.engine,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-            dtype=DTYPES[arguments.dtype],
-            say=partial(print, flush=True),
-        )
+
+def score(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    # Imported here because it takes seconds, and after the GPU is chosen.
+    from abba.base_model import DTYPES
+    from abba.evaluation.harness import PREFIX, run_harness
+    from abba.evaluation.score import evaluate, headline
+    from abba.evaluation.subject import opened
+    from abba.evaluation.tasks import question_sources
+
+    say = partial(print, flush=True) if ranks.is_main else lambda line: None
+    is_harness = arguments.task.startswith(PREFIX)
+    if not is_harness:
+        question_sources(arguments.task, arguments.data)
+    named = (arguments.model, arguments.revision, arguments.adapter, arguments.prompt, arguments.any_base, say)
+    wanted = ("limit", "batch_size", "max_new_tokens", "engine", "max_ungraded")
+    settings = {name: getattr(arguments, name) for name in wanted}
+    with opened(*named) as subject:
+        task = (subject, arguments.task, arguments.data, arguments.output)
+        run = run_harness if is_harness else evaluate
+        scores = run(*task, dtype=DTYPES[arguments.dtype], ranks=ranks, say=say, **settings)
+    if scores is not None:
+        print(f"{scores['headline'] if is_harness else headline(scores)}; {arguments.output}/scores.json")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    prefix = ""
+    try:
+        ranks = ranks_from_environment()
+        prefix = f"rank {ranks.rank}: " if ranks.rank else ""
+        go_alone(ranks)
+        score(arguments, ranks)
     except AbbaError as error:
-        return exit_with(error)
-    print(
-        f"{scores['task']}: exact match {scores['exact_match']:.1f}% of {scores['n']}; {arguments.output}/scores.json"
-    )
+        return exit_with(error, prefix)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the rows that are missing", file=sys.stderr)
+        return 130
     return 0
 
 

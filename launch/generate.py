@@ -37,19 +37,22 @@ def answer(arguments: argparse.Namespace) -> None:
     from abba.base_model import DTYPES, find_base, load_tokenizer
     from abba.evaluation.engine import visible_gpus
     from abba.evaluation.generate import generate_greedy, load_for_generation
+    from abba.evaluation.subject import trained_prompt
+    from abba.text.encode import encode_prompt
 
-    base = find_base(arguments.model, arguments.revision)
+    base, template = find_base(arguments.model, arguments.revision), trained_prompt(arguments.adapter)
     tokenizer, gpus = load_tokenizer(base), visible_gpus()
     model = load_for_generation(
         base, arguments.adapter, DTYPES[arguments.dtype], dict.fromkeys(range(gpus.count), gpus.usable)
     )
     prompts = [arguments.prompt] if arguments.prompt is not None else map(str.strip, sys.stdin)
     for prompt in prompts:
+        asked = (encode_prompt(tokenizer, [prompt], template), [[0]], arguments.max_new_tokens)
         with bypass(model):
-            (_, plain), *_ = generate_greedy(model, tokenizer, [prompt], 1, arguments.max_new_tokens)
+            (_, plain), *_ = generate_greedy(model, tokenizer, *asked)
         print(f"--- base\n{plain}")
         if arguments.adapter is not None:
-            (_, adapted), *_ = generate_greedy(model, tokenizer, [prompt], 1, arguments.max_new_tokens)
+            (_, adapted), *_ = generate_greedy(model, tokenizer, *asked)
             print(f"--- {arguments.adapter}\n{adapted}")
 
 

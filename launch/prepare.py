@@ -21,15 +21,16 @@ from abba.training.recipe import Recipe, load_recipe
 
 def prepare_run(recipe: Recipe) -> None:
     # Imported here because it takes seconds: a mistake in the recipe is shown at once.
-    from abba.evaluation.tasks import load_questions
+    from abba.evaluation.tasks import load_questions, question_sources
     from abba.training.data_report import data_report
     from abba.training.prepare import fetch, plan_batches, prepare
 
     say = partial(print, flush=True)
-    fetch(recipe, say)
+    score = recipe.evaluate
+    fetch(recipe, question_sources(score.task, score.path).values() if score is not None else (), say)
     _, _, data = prepare(recipe, is_main=True, say=say)
-    if recipe.evaluate is not None:
-        questions = load_questions(recipe.evaluate.task, recipe.evaluate.path, recipe.evaluate.limit)
+    if score is not None:
+        questions = load_questions(score.task, score.path, score.limit)
         say(f"evaluate: {len(questions):,} problems")
     plan, _, steps = plan_batches(recipe, data)
     packed = recipe.data.max_length if recipe.data.packing else None

@@ -21,18 +21,12 @@ def refuse_score(recipe: Recipe) -> None:
 def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable[[str], None]) -> None:
     from abba.adapter.files import rewrite_card
     from abba.base_model import DTYPES
-    from abba.evaluation.score import evaluate
+    from abba.evaluation.score import evaluate, headline
+    from abba.evaluation.subject import Subject
 
-    wanted = recipe.evaluate.model_dump()
-    scores = evaluate(
-        base,
-        adapter,
-        wanted.pop("task"),
-        wanted.pop("path"),
-        output,
-        dtype=DTYPES[recipe.model.dtype],
-        say=say,
-        **wanted,
-    )
+    wanted, dtype = recipe.evaluate.model_dump(), DTYPES[recipe.model.dtype]
+    subject = Subject(base, adapter, recipe.data.prompt, adapter)
+    named = (subject, wanted.pop("task"), wanted.pop("path"), output)
+    scores = evaluate(*named, dtype=dtype, replace=True, say=say, **wanted)
     rewrite_card(adapter, scores)
-    say(f"score: {scores['task']} exact match {scores['exact_match']:.1f}% of {scores['n']}; {output}/scores.json")
+    say(f"score: {headline(scores)}; {output}/scores.json")

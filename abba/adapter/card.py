@@ -91,7 +91,8 @@ def _training(provenance: Mapping[str, Any]) -> list[str]:
 def _scores(description: AdapterDescription, scores: Mapping[str, Any] | None) -> list[str]:
     if not scores:
         return []
-    shown = ("task", "n", "exact_match", "dtype", "max_new_tokens", "engine")
+    shown = ("task", "n", "exact_match", "exact_match_95", "flexible_match", "flexible_match_95", "tasks")
+    shown += ("prompt", "dtype", "max_new_tokens", "engine")
     named = {key: scores[key] for key in shown if key in scores}
     of_another_form = description.format != "loha" or description.dtype != "float32"
     note = "Of the run's own adapter, in LoHa form and fp32:" if of_another_form else "Greedy generation:"

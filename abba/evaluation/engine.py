@@ -7,6 +7,7 @@ import gc
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,41 @@ from abba.adapter.directory import AdapterDescription, read_description
 from abba.adapter.export import vllm_rank
 from abba.adapter.inject import layer_index
 from abba.base_files import BaseFiles
-from abba.base_model import load_config, load_tokenizer
+from abba.base_model import load_config
 from abba.errors import RecipeError
 from abba.evaluation.generate import generate_greedy, load_for_generation
+from abba.evaluation.kept import batches_by_length
 from abba.evaluation.placement import Demand, Gpus, choose, kv_cache_bytes, tensor_parallel_size
-from abba.evaluation.vllm_engine import generate_with_vllm, vllm_version
-from abba.text.encode import encode_prompt
+from abba.evaluation.vllm_engine import GROUPS, generate_with_vllm, vllm_version
 
 
-def answers(
+@dataclass(frozen=True)
+class Plan:
+    """How answers will be generated; no model is loaded yet.
+
+    made_by: the engine, its version and its GPUs.
+    batches: indices of prompts that are generated together.
+    generate: batches -> (index, text) of each prompt in them, greedily.
+    """
+
+    made_by: dict[str, Any]
+    batches: list[list[int]]
+    generate: Callable[[list[list[int]]], Iterator[tuple[int, str]]]
+
+
+def plan_answers(
     base: Path,
     adapter: Path | None,
-    instructions: list[str],
+    tokenizer: Any,
+    prompts: list[list[int]],
     *,
     engine: str,
     batch_size: int,
     max_new_tokens: int,
     dtype: torch.dtype,
     say: Callable[[str], None],
-) -> tuple[dict[str, Any], Iterator[tuple[int, str]]]:
-    """(which engine, (index, text) of every instruction), greedily.
+) -> Plan:
+    """Choose the engine for these prompts, which are token ids, and say which it is.
 
     Raises:
         RecipeError: see `require_engine`.
@@ -45,10 +61,9 @@ def answers(
     description = read_description(adapter) if adapter is not None else None
     rank = description.lora_rank if description is not None else None
     require_engine(engine, rank, dtype)
-    tokenizer = load_tokenizer(base)
-    tokens = max(map(len, encode_prompt(tokenizer, instructions))) + max_new_tokens
+    tokens = max(map(len, prompts)) + max_new_tokens
     gpus = visible_gpus()
-    demands, most = _measure(base, description, min(batch_size, len(instructions)), tokens, dtype, gpus.count)
+    demands, most = _measure(base, description, min(batch_size, len(prompts)), tokens, dtype, gpus.count)
     placement = choose(engine, gpus, most, demands, why_not_vllm(rank, dtype))
     say(placement.line)
     name, count = placement.engine, placement.gpus
@@ -57,10 +72,18 @@ def answers(
         limits = {"max_model_len": tokens, "max_num_seqs": batch_size, "tensor_parallel_size": max(1, count)}
         if count:
             limits["gpu_memory_utilization"] = gpus.usable / gpus.total
-        return made_by, generate_with_vllm(base, adapter, tokenizer, instructions, max_new_tokens, dtype, limits)
+
+        def generate(batches: list[list[int]]) -> Iterator[tuple[int, str]]:
+            return generate_with_vllm(base, adapter, tokenizer, prompts, batches, max_new_tokens, dtype, limits)
+
+        return Plan(made_by, batches_by_length(prompts, GROUPS * batch_size), generate)
     for_weights = demands[name].for_weights(gpus.usable)
-    model = load_for_generation(base, adapter, dtype, dict.fromkeys(range(count), for_weights))
-    return made_by, generate_greedy(model, tokenizer, instructions, batch_size, max_new_tokens)
+
+    def generate(batches: list[list[int]]) -> Iterator[tuple[int, str]]:
+        model = load_for_generation(base, adapter, dtype, dict.fromkeys(range(count), for_weights))
+        return generate_greedy(model, tokenizer, prompts, batches, max_new_tokens)
+
+    return Plan(made_by, batches_by_length(prompts, batch_size), generate)
 
 
 def require_engine(engine: str, rank: int | None, dtype: torch.dtype) -> None:

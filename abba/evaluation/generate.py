@@ -11,7 +11,7 @@ from abba.adapter.files import load_adapter
 from abba.base_model import choose_attention, load_config, load_whole
 from abba.errors import CheckpointError, first_line
 from abba.storage import in_gb
-from abba.text.encode import encode_prompt, padding_id
+from abba.text.encode import padding_id
 
 
 def load_for_generation(
@@ -45,14 +45,11 @@ def load_for_generation(
 
 @torch.inference_mode()
 def generate_greedy(
-    model: PreTrainedModel, tokenizer: Any, instructions: list[str], batch_size: int, max_new_tokens: int
+    model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]], batches: list[list[int]], max_new_tokens: int
 ) -> Iterator[tuple[int, str]]:
-    """(index, generated text) for every instruction, in batches of similar length, so that little is padded."""
-    prompts = encode_prompt(tokenizer, instructions)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    """(index, generated text) for the prompts, given as token ids, that each batch names by their indices."""
     padding = padding_id(tokenizer)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in batches:
         longest = max(len(prompts[index]) for index in chosen)
         ids = torch.full((len(chosen), longest), padding)
         mask = torch.zeros_like(ids)

@@ -16,9 +16,8 @@ from abba.adapter.files import read_factors, verify_adapter, write_adapter
 from abba.base_config import check_config
 from abba.base_files import BaseFiles
 from abba.errors import CheckpointError, RecipeError, first_line
-from abba.text.encode import encode_prompt
 
-GROUPS = 8  # of max_num_seqs prompts are given to vLLM at a time, so that progress can be shown
+GROUPS = 8  # times max_num_seqs prompts are given to vLLM at a time, so that progress can be shown and kept
 
 
 def vllm_version() -> str:
@@ -35,12 +34,13 @@ def generate_with_vllm(
     base: Path,
     adapter: Path | None,
     tokenizer: Any,
-    instructions: list[str],
+    prompts: list[list[int]],
+    batches: list[list[int]],
     max_new_tokens: int,
     dtype: torch.dtype,
     limits: dict[str, Any],
 ) -> Iterator[tuple[int, str]]:
-    """(index, generated text) for every instruction, in their order.
+    """(index, generated text) for the prompts, given as token ids, that each batch names by their indices.
 
     Args:
         limits: vLLM's max_model_len, max_num_seqs, tensor_parallel_size, gpu_memory_utilization.
@@ -48,7 +48,6 @@ def generate_with_vllm(
     Raises:
         CheckpointError: base or adapter is damaged, or vLLM cannot serve them.
     """
-    prompts = encode_prompt(tokenizer, instructions)
     check_config(base)
     with BaseFiles(base):  # headers are checked before a library that checks less opens the files
         pass
@@ -76,13 +75,12 @@ def generate_with_vllm(
         greedy = SamplingParams(
             temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=[tokenizer.eos_token_id], detokenize=False
         )
-        group = GROUPS * limits["max_num_seqs"]
-        for start in range(0, len(prompts), group):
-            asked = [{"prompt_token_ids": ids} for ids in prompts[start : start + group]]
+        for chosen in batches:
+            asked = [{"prompt_token_ids": prompts[index]} for index in chosen]
             with _named(base):
                 outputs = llm.generate(asked, greedy, lora_request=request, use_tqdm=False)
             texts = tokenizer.batch_decode([out.outputs[0].token_ids for out in outputs], skip_special_tokens=True)
-            yield from zip(range(start, start + len(asked)), texts, strict=True)
+            yield from zip(chosen, texts, strict=True)
 
 
 @contextmanager

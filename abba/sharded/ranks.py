@@ -67,6 +67,26 @@ def ranks_from_environment() -> Ranks:
     return Ranks(job=job)
 
 
+def go_alone(ranks: Ranks) -> None:
+    """Make this rank a process by itself that sees one GPU, for libraries that read the environment when imported.
+
+    Raises:
+        RankLostError: there are more ranks than GPUs on this node.
+    """
+    if ranks.world_size == 1:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(rank) for rank in range(ranks.local_world_size)]
+    if len(gpus) > 1:  # a launcher may have given each rank its own already
+        if ranks.local_rank >= len(gpus):
+            raise RankLostError(
+                f"{ranks.local_world_size} ranks on a node with CUDA_VISIBLE_DEVICES={visible}; start one for each GPU"
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[ranks.local_rank]
+    for name in {name for names in LAUNCHERS.values() for name in names} | {"MASTER_ADDR", "MASTER_PORT"}:
+        os.environ.pop(name, None)
+
+
 def _of_this_node(counts: str) -> int:
     """A number of ranks; or SLURM's 8(x2),4 for two nodes of 8 ranks and one of 4."""
     nodes: list[int] = []

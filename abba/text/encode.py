@@ -3,12 +3,12 @@
 from typing import Any
 
 from abba.errors import DataError
-from abba.text.prompt import render_prompt
+from abba.text.prompt import DEFAULT_PROMPT, render_prompt
 
 
-def encode_prompt(tokenizer: Any, instructions: list[str]) -> list[list[int]]:
+def encode_prompt(tokenizer: Any, instructions: list[str], prompt: str = DEFAULT_PROMPT) -> list[list[int]]:
     """Token ids of rendered prompts, with BOS once where the tokenizer has it, never with EOS."""
-    encoded = tokenizer([render_prompt(text) for text in instructions]).input_ids
+    encoded = tokenizer([render_prompt(text, prompt) for text in instructions]).input_ids
     eos = tokenizer.eos_token_id
     return [ids[:-1] if ids and ids[-1] == eos else ids for ids in encoded]
 

@@ -35,7 +35,7 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokens = Path(scratch) / "tokens.safetensors"
         limits = (recipe.data.max_length, recipe.data.max_bad_rows)
-        prepare_tokens(row_source(recipe.data), *limits, tokenizer, tokens)
+        prepare_tokens(row_source(recipe.data), *limits, tokenizer, tokens, recipe.data.prompt)
         data = TokenizedRows(tokens)
     plan, _, steps = plan_batches(recipe, data)
 

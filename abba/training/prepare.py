@@ -5,7 +5,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from abba.base_model import find_base, hub_model, load_config, load_tokenizer
@@ -39,8 +39,8 @@ def row_source(data: DataSection) -> RowSource:
     return RowSource(**{field.name: getattr(data, field.name) for field in dataclasses.fields(RowSource)})
 
 
-def fetch(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Download what the recipe names and the Hub cache lacks; say which commits these are.
+def fetch(recipe: Recipe, questions: Iterable[RowSource], say: Callable[[str], None]) -> None:
+    """Download what the recipe names and the Hub cache lacks; say which commits these are. `questions`: of its score.
 
     What the cache has whole stays as it is, so that a job and its next start find the same.
 
@@ -51,10 +51,8 @@ def fetch(recipe: Recipe, say: Callable[[str], None]) -> None:
         "model": (recipe.model.name_or_path, hub_model(recipe.model.name_or_path, recipe.model.revision)),
         "data": (recipe.data.path, hub_dataset(row_source(recipe.data))),
     }
-    if recipe.evaluate is not None:
-        questions = dataclasses.replace(row_source(recipe.data), path=recipe.evaluate.path, revision=None)
-        named["evaluate"] = (questions.path, hub_dataset(questions))
-    for section, (name, repository) in named.items():
+    wanted = [*named.items(), *(("evaluate", (source.path, hub_dataset(source))) for source in questions)]
+    for section, (name, repository) in wanted:
         if repository is None:
             say(f"{section}: {name}, which is here")
             continue
@@ -80,10 +78,11 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     vocabulary = load_config(base).get_text_config().vocab_size
     tokenizer = load_tokenizer(base)
     source, limits = row_source(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
-    path = tokens_path(source, *limits, tokenizer, Path(recipe.data.prepared_path))
+    prompt = recipe.data.prompt
+    path = tokens_path(source, *limits, tokenizer, Path(recipe.data.prepared_path), prompt)
     data = (_found(path, say) if path.is_file() else None) if is_main else _from_rank_0(path)
     if data is None:
-        prepare_tokens(source, *limits, tokenizer, path)
+        prepare_tokens(source, *limits, tokenizer, path, prompt)
         say(f"data: tokenised into {path}")
         data = TokenizedRows(path)
     for note in data.notes:

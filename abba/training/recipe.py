@@ -10,6 +10,8 @@ from abba.adapter.config import SEVEN_LINEARS, AdapterConfig
 from abba.errors import RecipeError
 from abba.sharded.owned_keys import FREE_KEYS, OWNED_KEYS
 from abba.storage import is_there
+from abba.text.graders import SUITES, members
+from abba.text.prompt import DEFAULT_PROMPT, PROMPTS
 from abba.training.yaml_file import read_recipe_file, suggestion
 
 Positive = Annotated[int, Field(ge=1)]
@@ -74,6 +76,7 @@ class DataSection(Section):
     instruction_field: Text = "question"
     input_field: Text | None = None  # appended to the instruction, as in Alpaca's rows
     response_field: Text = "answer"
+    prompt: Literal[tuple(PROMPTS)] = DEFAULT_PROMPT  # around an instruction, in training and in scoring
     max_length: Annotated[int, Field(ge=8)] = 512
     max_rows: Positive | None = None
     max_bad_rows: Count = 0  # rows that cannot be trained on: more than this ends the run
@@ -132,12 +135,21 @@ class CheckpointSection(Section):
 
 
 class EvaluateSection(Section):
-    task: Literal["gsm8k"] = "gsm8k"
-    path: Text
+    task: Text = "gsm8k"  # math, commonsense, or one of its eight; see abba/text/graders.py
+    path: Text  # of commonsense the directory of TASK/test.json
     limit: Positive | None = None
     batch_size: Positive = 32
-    max_new_tokens: Positive = 512
+    max_new_tokens: Positive | None = None  # None: the task's
+    max_ungraded: Count = 0  # rows that no grader can decide and that count as wrong: more than this ends the score
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vllm where it can, on GPUs
+
+    @field_validator("task")
+    @classmethod
+    def _is_known(cls, task: str) -> str:
+        if not members(task):
+            known = {"task": repr(task), "near": suggestion(task, list(SUITES)), "all": ", ".join(SUITES)}
+            raise PydanticCustomError("adapter", "{task} is no task{near}; there are {all}", known)
+        return task
 
 
 class Recipe(Section):

@@ -20,7 +20,7 @@ from abba.parsing import parse_json
 from abba.prepared import content_digest, write_prepared
 from abba.storage import SafetensorsFile, free_bytes, in_gb, make_directory
 from abba.text.encode import encode_prompt, encode_response
-from abba.text.prompt import INSTRUCTION_PROMPT
+from abba.text.prompt import DEFAULT_PROMPT, PROMPTS
 from abba.text.rows import BadRows, RowSource, content_of, usable_rows
 
 FORMAT_VERSION = 2
@@ -33,19 +33,33 @@ LAYOUT = {
 }
 
 
-def tokens_path(source: RowSource, max_length: int, max_bad_rows: int, tokenizer: Any, directory: Path) -> Path:
+def tokens_path(
+    source: RowSource,
+    max_length: int,
+    max_bad_rows: int,
+    tokenizer: Any,
+    directory: Path,
+    prompt: str = DEFAULT_PROMPT,
+) -> Path:
     """Where the tokens of `source` belong: named by a hash of everything that they depend on, and of nothing else."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     taken = [source.split, source.instruction_field, source.input_field, source.response_field, source.max_rows]
     limits = (max_length, max_bad_rows)
     parts = [FORMAT_VERSION, content_of(source), taken, limits]
-    parts += [vocabulary, tokenizer.eos_token_id, INSTRUCTION_PROMPT]
+    parts += [vocabulary, tokenizer.eos_token_id, PROMPTS[prompt]]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return directory / f"tokens-{digest[:20]}.safetensors"
 
 
-def prepare_tokens(source: RowSource, max_length: int, max_bad_rows: int, tokenizer: Any, path: Path) -> None:
+def prepare_tokens(
+    source: RowSource,
+    max_length: int,
+    max_bad_rows: int,
+    tokenizer: Any,
+    path: Path,
+    prompt: str = DEFAULT_PROMPT,
+) -> None:
     """Tokenise every row of `source` into the file `path`; one process of a run does this.
 
     Raises:
@@ -57,17 +71,15 @@ def prepare_tokens(source: RowSource, max_length: int, max_bad_rows: int, tokeni
     ids: list[np.ndarray] = []
     columns: dict[str, list[int]] = {"stops": [], "prompts": [], "sources": [], "uncut": []}
     for numbers, instructions, responses in usable_rows(source, bad):
-        encoded = zip(
-            numbers, encode_prompt(tokenizer, instructions), encode_response(tokenizer, responses), strict=True
-        )
-        for row, prompt, response in encoded:
-            if len(prompt) >= max_length:
+        prompts = encode_prompt(tokenizer, instructions, prompt)
+        for row, asked, response in zip(numbers, prompts, encode_response(tokenizer, responses), strict=True):
+            if len(asked) >= max_length:
                 bad.add(row, f"all labels are masked: the prompt alone fills data.max_length={max_length} tokens")
                 continue
-            example = [*prompt, *response]
+            example = [*asked, *response]
             ids.append(np.asarray(example[:max_length], dtype=np.int32))
             total += len(ids[-1])
-            for name, value in zip(columns, (total, len(prompt), row, len(example)), strict=True):
+            for name, value in zip(columns, (total, len(asked), row, len(example)), strict=True):
                 columns[name].append(value)
     if bad.reasons.total() > max_bad_rows:
         raise DataError(

@@ -1,0 +1,141 @@
+"""What is scored: a bare base, or a base with an adapter, which may still be a checkpoint or a run."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abba.adapter.directory import ABBA_CONFIG, PEFT_CONFIG, WEIGHTS, AdapterDescription, read_description
+from abba.base_files import BaseFiles
+from abba.base_model import find_base
+from abba.checkpoint.convert import convert
+from abba.checkpoint.format import MANIFEST, list_checkpoints
+from abba.checkpoint.source import CHECKPOINTS, find_checkpoint
+from abba.errors import CheckpointError, RecipeError
+from abba.storage import hash_file
+from abba.text.prompt import DEFAULT_PROMPT
+
+SAMPLE = 1 << 16  # bytes at the start, middle and end of a weights file that stand for all of it
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base's directory, a standalone adapter's or None, the prompt of its training; `given`: what the user named."""
+
+    base: Path
+    adapter: Path | None
+    prompt: str = DEFAULT_PROMPT
+    given: Path | None = None
+
+    @property
+    def step(self) -> int | None:
+        """The optimizer step that the adapter was converted from, so that its score is not taken for another's."""
+        return (read_description(self.adapter).provenance or {}).get("step") if self.adapter is not None else None
+
+    def contents(self) -> dict[str, Any]:
+        """What tells base and adapter from others, wherever they lie."""
+        hashes = {"base_content": _hash_base(self.base), "adapter_content": None}
+        if self.adapter is not None:
+            files = [hash_file(self.adapter / name).sha256 for name in (WEIGHTS, PEFT_CONFIG)]
+            hashes["adapter_content"] = hashlib.sha256("".join(files).encode()).hexdigest()[:16]
+        return hashes
+
+
+@contextmanager
+def opened(
+    model: str | None,
+    revision: str | None,
+    given: Path | None,
+    prompt: str | None,
+    any_base: bool,
+    say: Callable[[str], None],
+) -> Iterator[Subject]:
+    """The subject that a user names.
+
+    Args:
+        model: the base; None: the one that the adapter was trained on.
+        given: an adapter directory, a checkpoint, a run (its newest valid checkpoint), or None.
+        prompt: None: the adapter's own.
+        any_base: do not ask whether the adapter was trained on this base.
+
+    Raises:
+        RecipeError: no base is known, or another prompt than that of the training is wanted.
+        CheckpointError: `given` is none of these or cannot be read, or was trained on another base.
+    """
+    if given is None:
+        if model is None:
+            raise RecipeError("--model: is missing; give the base, or --adapter with a run that knows its own")
+        yield Subject(find_base(model, revision, "--model"), None, prompt or DEFAULT_PROMPT)
+        return
+    with tempfile.TemporaryDirectory(prefix="abba-adapter-") as scratch:
+        try:
+            adapter = _standalone(given, Path(scratch) / "adapter", say)
+        except OSError as error:
+            raise CheckpointError(f"{given}: cannot be read: {error.strerror}; change its permissions") from error
+        description = read_description(adapter)
+        recipe = (description.provenance or {}).get("recipe") or {}
+        if model is None:
+            model, revision = description.base_model, revision or recipe.get("model", {}).get("revision")
+            if model is None:
+                raise RecipeError(f"--model: is missing, and {given} does not say which base it was trained on")
+        base = find_base(model, revision, "--model")
+        if not any_base:
+            _refuse_other_base(given, description, base)
+        trained_with = trained_prompt(adapter)
+        if prompt not in (None, trained_with):
+            raise RecipeError(f"--prompt {prompt}: {given} was trained with the prompt {trained_with}; leave it out")
+        yield Subject(base, adapter, trained_with, given)
+
+
+def trained_prompt(adapter: Path | None) -> str:
+    """The prompt of an adapter's training; the default without an adapter, or where it does not say."""
+    recipe = (read_description(adapter).provenance or {}).get("recipe") if adapter is not None else None
+    return ((recipe or {}).get("data") or {}).get("prompt", DEFAULT_PROMPT)
+
+
+def _standalone(given: Path, destination: Path, say: Callable[[str], None]) -> Path:
+    """The directory of an adapter; from a checkpoint or a run it is made in `destination`."""
+    if (given / ABBA_CONFIG).is_file():
+        return given
+    is_run = (given / CHECKPOINTS).is_dir()
+    if is_run and not list_checkpoints(given / CHECKPOINTS) and (given / "adapter" / ABBA_CONFIG).is_file():
+        return given / "adapter"
+    if not is_run and not (given / MANIFEST).is_file():
+        if given.is_dir():
+            list(given.iterdir())  # permission is asked here
+        raise CheckpointError(
+            f"{given}: is not an ABBA adapter, a checkpoint or a run: it has no {ABBA_CONFIG}, {MANIFEST} or "
+            f"{CHECKPOINTS}/; checkpoints of other programs go through launch/convert.py first"
+        )
+    checkpoint = find_checkpoint(given, say)
+    convert(checkpoint, destination)
+    say(f"adapter: {checkpoint}, converted for this evaluation")
+    return destination
+
+
+def _refuse_other_base(given: Path, description: AdapterDescription, base: Path) -> None:
+    """By config.json, whose hash a run records; shapes are compared when the adapter is loaded."""
+    model = ((description.provenance or {}).get("fingerprint") or {}).get("model") or {}
+    recorded, here = model.get("config"), hash_file(base / "config.json").sha256
+    if recorded is not None and recorded != here:
+        raise CheckpointError(
+            f"{given}: was trained on {description.base_model}, whose config.json is not that of {base}; give that "
+            "base with --model, or --any-base if you mean this one"
+        )
+
+
+def _hash_base(base: Path) -> str:
+    """Of config.json and samples of the weights: to hash all of a 70B takes minutes, and training changes all of it."""
+    digest = hashlib.sha256((base / "config.json").read_bytes())
+    with BaseFiles(base) as files:
+        for name in sorted(files.files):
+            with (base / name).open("rb") as file:
+                size = file.seek(0, 2)
+                digest.update(f"{name} {size}".encode())
+                for start in (0, max(0, size // 2), max(0, size - SAMPLE)):
+                    file.seek(start)
+                    digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:16]
