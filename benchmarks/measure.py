@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "deepspeed", "peft")
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "scikit-learn")
 
 
 def device() -> torch.device:
