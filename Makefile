@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 FAULTS := tests/faults tests/slurm/test_preemption.py
 
-.PHONY: help quickstart test test-slow test-faults test-slurm lint clean
+.PHONY: help quickstart test test-slow test-faults test-slurm experiments lint clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, convert and score the embedded tiny model"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow    the tests that take minutes each: real data, other seeds, large checkpoints"
 	@echo "make test-faults  100 of each fault on real ranks, an hour or two; writes a table to runs/faults.md"
 	@echo "make test-slurm   a real SLURM cluster on this machine, and mpirun; installed where root and apt are there"
+	@echo "make experiments  LoRA and ABBA at equal parameters: tables and pictures to benchmarks/results; goes on where it was"
 	@echo "make lint         ruff and the import rules"
 
 # torch first and alone: a later resolution must not replace the build that suits this machine.
@@ -38,6 +39,10 @@ test-faults: $(INSTALLED)
 test-slurm: $(INSTALLED)
 	tests/slurm/cluster.sh install
 	$(BIN)/python -m pytest -m slurm
+
+experiments: $(INSTALLED)
+	$(BIN)/python benchmarks/reconstruction.py
+	$(BIN)/python benchmarks/digits.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

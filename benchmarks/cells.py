@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from measure import machine
 
+from abba.errors import CheckpointError, exit_with
+
 
 def run_cells(
     path: Path,
@@ -32,7 +34,7 @@ def run_cells(
         settings: whatever changes a cell without being in its name.
 
     Raises:
-        SystemExit: `path` holds cells of other settings, or is no such file.
+        SystemExit: with 66 and one line: `path` holds cells of other settings, or is no such file.
     """
     torch.set_num_threads(1)  # before the processes fork: they inherit it
     record = _record(path, json.loads(json.dumps(dict(settings))))
@@ -68,9 +70,15 @@ def _record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         old = json.loads(path.read_text())
         cells, before = old["cells"], old["settings"]
     except (ValueError, KeyError, TypeError) as error:
-        sys.exit(f"{path}: is not what this program writes; move it away, or choose another --output ({error})")
+        raise _refusal(
+            f"{path}: is not what this program writes ({error}); move it away, or choose another --output"
+        ) from error
     different = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
     if different:
         was = {key: before.get(key) for key in different}
-        sys.exit(f"{path}: holds cells made with {was}; repeat that, move it away, or choose another --output")
+        raise _refusal(f"{path}: holds cells made with {was}; repeat that, move it away, or choose another --output")
     return new | {"cells": cells}
+
+
+def _refusal(text: str) -> SystemExit:
+    return SystemExit(exit_with(CheckpointError(text)))

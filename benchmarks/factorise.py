@@ -20,7 +20,7 @@ SWEEPS = 100  # of alternating least squares while the decay falls, by a factor 
 DECAY_FALL = 1e-3
 UNDECAYED_SWEEPS = 20  # after the cut to the ranks
 WIDE_UP_TO = 8  # pairs of at most this rank start twice as wide; above it was slower and no better
-EXACT = 0.02  # a start that comes this close is about to be exact: no other is needed
+EXACT = 2e-3  # a start that comes this close is about to be exact: no other is needed
 
 
 def relative_error(w_OI: Tensor, approximation_OI: Tensor) -> float:

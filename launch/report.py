@@ -9,6 +9,7 @@ found where launch/evaluate.py was told to write them in a directory of the run.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def write_report(paths: list[Path], output: Path, samples: int) -> Path:
         temporary.write_text(page(runs))
         os.replace(temporary, output)
     except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink()
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{output}: cannot be written: {reason}; choose another --output") from error
     return output
