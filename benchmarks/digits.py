@@ -78,7 +78,12 @@ def draw(groups: dict[tuple[str, int, str], list[Cell]], path: Path) -> None:
     goals = list(dict.fromkeys(goal for goal, _, _ in groups))
     ranks = sorted({rank for _, rank, _ in groups} - {0})
     figure, axes = plt.subplots(
-        len(goals), len(ranks), figsize=(3.6 * len(ranks), 2.8 * len(goals)), squeeze=False, sharey="row"
+        len(goals),
+        len(ranks),
+        figsize=(3.6 * len(ranks), 2.8 * len(goals)),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
     )
     for line, goal in zip(axes, goals, strict=True):
         for axis, rank in zip(line, ranks, strict=True):
@@ -94,7 +99,6 @@ def draw(groups: dict[tuple[str, int, str], list[Cell]], path: Path) -> None:
             axis.grid(alpha=0.3)
     figure.supxlabel("steps", fontsize=10)
     figure.supylabel("test accuracy, %", fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -116,7 +116,9 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
     ranks = sorted({cell["rank"] for cell in cells})
     columns = min(4, len(kinds))
     lines = -(-len(kinds) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.6 * lines), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.2 * columns, 2.6 * lines), squeeze=False, sharex=True, layout="constrained"
+    )
     for axis, kind in zip(axes.flat, kinds, strict=False):
         for way, (label, color, style) in LINES.items():
             of = {rank: [c[way] for c in cells if (c["kind"], c["rank"]) == (kind, rank)] for rank in ranks}
@@ -124,6 +126,7 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
             axis.fill_between(ranks, [min(of[r]) for r in ranks], [max(of[r]) for r in ranks], color=color, alpha=0.25)
         axis.set_title(kind, fontsize=10)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(ranks, [str(rank) for rank in ranks])
         axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(kinds) :]:
@@ -131,7 +134,6 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
     axes.flat[0].legend(fontsize=8)
     figure.supxlabel("rank of LoRA; ABBA has r1 = r2 = half of it, and as many parameters", fontsize=10)
     figure.supylabel("relative Frobenius error", fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
