@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -41,7 +43,8 @@ def run_cells(
     done = record["cells"]
     missing = [name for name in cells if name not in done]
     print(f"{path}: {len(cells) - len(missing)} of {len(cells)} cells are there", flush=True)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+    forks = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, forks, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         running = {pool.submit(work, *cells[name]): name for name in missing}
         try:
             for count, future in enumerate(as_completed(running), 1):
@@ -52,6 +55,17 @@ def run_cells(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return {name: done[name] for name in cells}
+
+
+def _end_with(parent: int) -> None:
+    """A process of the pool would outlive a parent that is killed, and wait for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def write_whole(path: Path, text: str) -> None:
