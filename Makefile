@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 ROWS ?= recipes/assets/stories/train.jsonl
 FAULTS := tests/faults tests/slurm/test_preemption.py
 
-.PHONY: help quickstart test test-slow test-faults test-slurm bench lint clean
+.PHONY: help quickstart test test-slow test-faults test-slurm bench experiments lint clean
 
 help:
 	@echo "make quickstart   install, then fine-tune, convert and score the embedded tiny model"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-slurm   a real SLURM cluster on this machine, and mpirun; installed where root and apt are there"
 	@echo "make bench        time, memory and traffic beside PEFT's and transformers', half an hour on two cores that do"
 	@echo "                  nothing else; ROWS=gsm8k/train.jsonl packs these rows; writes benchmarks/results"
+	@echo "make experiments  LoRA and ABBA at equal parameters: tables and pictures to benchmarks/results; goes on where it was"
 	@echo "make lint         ruff and the import rules"
 
 # torch first and alone: a later resolution must not replace the build that suits this machine.
@@ -51,6 +52,10 @@ bench: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/packing.py --rows $(ROWS)
 	$(BIN)/python benchmarks/scaling.py
+
+experiments: $(INSTALLED)
+	$(BIN)/python benchmarks/reconstruction.py
+	$(BIN)/python benchmarks/digits.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

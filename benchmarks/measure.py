@@ -16,7 +16,7 @@ from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
 ENOUGH = 40  # of a slow contender, whose ratio is far from any limit
-PACKAGES = ("torch", "transformers", "deepspeed", "peft")
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "scikit-learn")
 
 
 def device() -> torch.device:

@@ -1,0 +1,1 @@
+"""Runs as pictures: one HTML page that needs no network."""

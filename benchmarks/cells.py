@@ -1,0 +1,98 @@
+"""Experiments of many independent cells: over processes of one thread each, every finished cell kept at once.
+
+The same command continues what was interrupted. The file is replaced as a whole, so that it is never half-written.
+"""
+
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import machine
+
+from abba.errors import CheckpointError, exit_with
+
+
+def run_cells(
+    path: Path,
+    work: Callable[..., dict[str, Any]],
+    cells: Mapping[str, tuple],
+    settings: Mapping[str, Any],
+    processes: int,
+) -> dict[str, dict[str, Any]]:
+    """work(*arguments) of every cell, in the order of `cells`; those that `path` holds already are not computed again.
+
+    Args:
+        path: NAME.json; command, machine, settings and cells.
+        work: a function of a module, with what it measured as JSON.
+        settings: whatever changes a cell without being in its name.
+
+    Raises:
+        SystemExit: with 66 and one line: `path` holds cells of other settings, or is no such file.
+    """
+    torch.set_num_threads(1)  # before the processes fork: they inherit it
+    record = _record(path, json.loads(json.dumps(dict(settings))))
+    done = record["cells"]
+    missing = [name for name in cells if name not in done]
+    print(f"{path}: {len(cells) - len(missing)} of {len(cells)} cells are there", flush=True)
+    forks = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, forks, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+        running = {pool.submit(work, *cells[name]): name for name in missing}
+        try:
+            for count, future in enumerate(as_completed(running), 1):
+                done[running[future]] = future.result()
+                write_whole(path, json.dumps(record, indent=1) + "\n")
+                print(f"{count}/{len(missing)} {running[future]}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {name: done[name] for name in cells}
+
+
+def _end_with(parent: int) -> None:
+    """A process of the pool would outlive a parent that is killed, and wait for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is the old one or the new one, whatever happens meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    new = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "settings": settings, "cells": {}}
+    if not path.exists():
+        return new
+    try:
+        old = json.loads(path.read_text())
+        cells, before = old["cells"], old["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _refusal(
+            f"{path}: is not what this program writes ({error}); move it away, or choose another --output"
+        ) from error
+    different = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+    if different:
+        was = {key: before.get(key) for key in different}
+        raise _refusal(f"{path}: holds cells made with {was}; repeat that, move it away, or choose another --output")
+    return new | {"cells": cells}
+
+
+def _refusal(text: str) -> SystemExit:
+    return SystemExit(exit_with(CheckpointError(text)))

@@ -1,0 +1,56 @@
+#!/usr/bin/env python
+"""Draw one or several runs on one HTML page that opens without a network: curves, scores, generations, recipes.
+
+    python launch/report.py runs/quickstart
+    python launch/report.py runs/sweep-1e-3 runs/sweep-2e-3 --output comparison.html --samples 20
+
+Without --output it is report.html in the first run's directory; a page that stands there is replaced. Scores are
+found where launch/evaluate.py was told to write them in a directory of the run.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from common import positive
+
+from abba.errors import AbbaError, CheckpointError, exit_with
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run, alive or done")
+    parser.add_argument("--output", type=Path, metavar="HTML", help="the page; default report.html in the first RUN")
+    parser.add_argument("--samples", type=positive, default=8, help="generations of each score; default 8")
+    arguments = parser.parse_args()
+    try:
+        print(write_report(arguments.runs, arguments.output or arguments.runs[0] / "report.html", arguments.samples))
+    except AbbaError as error:
+        return exit_with(error)
+    return 0
+
+
+def write_report(paths: list[Path], output: Path, samples: int) -> Path:
+    from abba.report.page import page
+    from abba.report.run import read_run
+
+    runs = [read_run(path, samples) for path in dict.fromkeys(paths)]
+    for run in runs:
+        for warning in run.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page(runs))
+        os.replace(temporary, output)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink()
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{output}: cannot be written: {reason}; choose another --output") from error
+    return output
+
+
+if __name__ == "__main__":
+    sys.exit(main())

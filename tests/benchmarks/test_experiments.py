@@ -1,0 +1,159 @@
+"""The experiments at toy size: what they compute is right, they continue, and they write what they promise."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests import warm
+
+
+@pytest.fixture(autouse=True)
+def _as_the_programs_import(monkeypatch):
+    monkeypatch.syspath_prepend(warm.ROOT / "benchmarks")
+
+
+def planted(seed: int) -> torch.Tensor:
+    """An ABBA matrix of r1 = r2 = 4 in 64 x 64."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((64, 4), (4, 64), (64, 4), (4, 64))
+    b1_OR, a1_RI, b2_OR, a2_RI = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return (b1_OR @ a1_RI) * (b2_OR @ a2_RI)
+
+
+def run(tmp_path, program, *arguments):
+    return warm.run(tmp_path / "log", f"benchmarks/{program}.py", *arguments, "--output", str(tmp_path))
+
+
+RECONSTRUCTION = ["--kinds", "gaussian", "checkerboard", "--ranks", "2", "4", "--seeds", "1", "--size", "16"]
+
+
+def test_reconstruction_continues_and_says_where_the_trend_fails(tmp_path):
+    assert (finished := run(tmp_path, "reconstruction", *RECONSTRUCTION)).returncode == 0, finished.stderr[-3000:]
+    path = tmp_path / "reconstruction.json"
+    record = json.loads(path.read_text())
+    board = record["cells"]["checkerboard, rank 2, seed 0"]
+    assert board["lora"] < 1e-6 < 0.5 < board["abba"], "rank 2, which a pair of rank-one matrices cannot be"
+    assert record["cells"]["gaussian, rank 4, seed 0"]["parameters"] == 4 * 32
+    table = (tmp_path / "reconstruction.md").read_text()
+    assert table.count("\n|") == 2 + 4 and "\n- checkerboard: 2\n" in table
+    assert (tmp_path / "reconstruction.png").read_bytes().startswith(b"\x89PNG")
+
+    lost = record["cells"].pop("gaussian, rank 2, seed 0")
+    path.write_text(json.dumps(record))
+    assert "3 of 4 cells are there" in run(tmp_path, "reconstruction", *RECONSTRUCTION).stdout
+    again = json.loads(path.read_text())["cells"]
+    assert again.pop("gaussian, rank 2, seed 0")["abba"] == lost["abba"] and again == record["cells"]
+    assert not list(tmp_path.glob(".*")), "nothing half-written is left"
+
+    before = path.read_text()
+    refused = run(tmp_path, "reconstruction", *RECONSTRUCTION[:-1], "32")
+    assert refused.returncode == 66 and refused.stderr.count("\n") == 1 and "'size': 16" in refused.stderr
+    assert path.read_text() == before
+
+
+def test_loras_error_is_the_closed_form():
+    from factorise import best_low_rank, relative_error, singular_tail
+    from matrices import KINDS, WEIGHTS, matrix
+
+    for kind in [*KINDS, *WEIGHTS]:
+        w_OI = matrix(kind, 32, seed=1)
+        squares = np.linalg.eigvalsh((w_OI @ w_OI.T).numpy())[::-1].clip(0)
+        for rank in (2, 8, 16):
+            b_OR, a_RI = best_low_rank(w_OI, rank)
+            expected = np.sqrt(squares[rank:].sum() / squares.sum())
+            assert relative_error(w_OI, b_OR @ a_RI) == pytest.approx(expected, abs=1e-6), kind
+            assert singular_tail(w_OI, rank) == pytest.approx(expected, abs=1e-6), kind
+
+
+def test_the_kinds_are_what_they_are_called():
+    from matrices import matrix
+
+    parity = matrix("parity", 16, 0)
+    torch.testing.assert_close(parity @ parity.T, 16 * torch.eye(16, dtype=torch.float64))
+    assert matrix("xor grid", 16, 0)[5, 3] == 5 ^ 3
+    assert torch.linalg.matrix_rank(matrix("checkerboard", 32, 0)) == 2
+    spectrum = torch.linalg.svdvals(matrix("power law 1", 32, 0))
+    torch.testing.assert_close(spectrum, 1 / torch.arange(1, 33, dtype=torch.float64))
+    assert 0.02 < (matrix("sparse", 64, 0) != 0).double().mean() < 0.08
+    assert not matrix("block", 32, 0)[:4, 4:].any() and matrix("block", 32, 0)[:4, :4].all()
+
+
+@pytest.mark.parametrize("seed", [3, 9])
+def test_a_planted_matrix_is_recovered(seed):
+    from factorise import fit_abba
+
+    error, starts = fit_abba(planted(seed), rank=4, starts=60, seed=100 + seed)
+    assert error <= 1e-3 and starts[0] > 0.1, "by a random start, not by the one that knows the SVD"
+
+
+@pytest.mark.slow
+def test_planted_matrices_are_recovered_in_nine_of_ten_seeds():
+    from factorise import fit_abba
+
+    errors = [fit_abba(planted(seed), rank=4, starts=60, seed=100 + seed)[0] for seed in range(10)]
+    assert sum(error <= 1e-3 for error in errors) >= 9, errors
+
+
+def test_bounds_of_a_fit():
+    """A sum is LoRA of both ranks; ABBA is at least LoRA of one; no more starts make it worse."""
+    from factorise import fit_abba, fit_sum, singular_tail
+    from matrices import matrix
+
+    w_OI = matrix("power law 1", 32, seed=0)
+    assert fit_sum(w_OI, 3, seed=0) == pytest.approx(singular_tail(w_OI, 6), abs=1e-4)
+    few, many = fit_abba(w_OI, 3, starts=0, seed=0), fit_abba(w_OI, 3, starts=4, seed=0)
+    assert few[0] < singular_tail(w_OI, 3) and len(few[1]) == 1
+    assert many[1][0] == few[1][0] and len(many[1]) == 5
+    assert many[0] <= min(many[1]), "the polish starts from the best start and never ends above it"
+    assert fit_abba(10 * w_OI, 3, starts=0, seed=0)[0] == pytest.approx(few[0], abs=1e-4)
+
+
+def test_halves():
+    from factorise import best_halves
+
+    generator = torch.Generator().manual_seed(0)
+    rank_one = [torch.randn(8, 1, generator=generator) @ torch.randn(1, 16, generator=generator) for _ in range(2)]
+    stacked = torch.cat(rank_one).double()
+    price = 8 + 16
+    for w_OI in (stacked, stacked.T):
+        assert best_halves(w_OI, 2 * price) == (pytest.approx(0, abs=1e-6), 2 * price)
+        error, used = best_halves(w_OI, 2 * price - 1)
+        assert error > 0.1 and used == price, "a budget buys whole ranks"
+
+
+def test_digits(tmp_path):
+    small = ["--ranks", "4", "--rates", "1e-2", "3e-2", "--seeds", "2", "--steps", "60", "--every", "30"]
+    assert (finished := run(tmp_path, "digits", *small)).returncode == 0, finished.stderr[-3000:]
+    cells = json.loads((tmp_path / "digits.json").read_text())["cells"].values()
+    assert len(cells) == 2 * 3 * 2 * 2 and all([look["step"] for look in c["curve"]] == [0, 30, 60] for c in cells)
+    parameters = {cell["method"]: cell["parameters"] for cell in cells}
+    assert parameters["abba"] == parameters["lora"] == 4 * (64 + 64 + 64 + 10) < parameters["full"]
+    for cell in cells:
+        start, end = cell["curve"][0], cell["curve"][-1]
+        assert start["old"] > 90, "the base knows 0-7"
+        assert start["accuracy"] == 0 if cell["goal"] == "new" else 70 < start["accuracy"] < 85, (
+            "and no adapter acts yet"
+        )
+        assert end["accuracy"] > start["accuracy"]
+    table = (tmp_path / "digits.md").read_text()
+    assert table.count("\n|") == 2 + 6 and (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rate_is_chosen_on_validation_rows():
+    from digits import chosen
+
+    def cell(rate, seed, validation, loss, test):
+        look = {"accuracy": validation, "loss": loss}
+        return {"goal": "all", "rank": 4, "method": "abba", "rate": rate, "seed": seed} | {
+            "validation": look,
+            "test": {"accuracy": test},
+        }
+
+    cells = [cell(0.1, 0, 99, 1.0, 10), cell(0.1, 1, 71, 1.0, 10), cell(0.2, 0, 90, 2.0, 99), cell(0.2, 1, 90, 2.0, 99)]
+    assert {c["rate"] for c in chosen(cells)["all", 4, "abba"]} == {0.2}, "90 and 90 are more than 99 and 71"
+    cells += [cell(0.3, seed, 90, 1.5, 1) for seed in range(2)]
+    assert {c["rate"] for c in chosen(cells)["all", 4, "abba"]} == {0.3}, (
+        "the same accuracy at a lower loss, not the test"
+    )
