@@ -90,10 +90,10 @@ def run(recipe: Recipe, ranks: Ranks, directory: RunDirectory, world: World, wat
     dist.destroy_process_group()
     if ranks.is_main:
         directory.confirm()
-        finish(last, directory, say)
+        scored = finish(last, directory, base, say)
         if recipe.evaluate is not None:
             wait_for_end(others)
-            score(recipe, base, directory.adapter, directory.evaluation, say)
+            score(recipe, *scored, directory.evaluation, say)
         say(f"done in {time.monotonic() - began:.0f} s")
 
 
@@ -172,13 +172,13 @@ def build(
     """
     import torch
 
-    from abba.adapter.inject import find_targets, inject
     from abba.base_model import DTYPES
     from abba.sharded.engine import start_engine
     from abba.training.loop import assert_delta_is_zero
     from abba.training.loss import return_losses
     from abba.training.model import enable_checkpointing, load_partitioned, packed_tokens
-    from abba.training.resume import refuse_changes, starting_point
+    from abba.training.resume import refuse_changes
+    from abba.training.start import injected
 
     began, settings, ranks, device = time.monotonic(), recipe.train, stream.ranks, stream.device
 
@@ -194,12 +194,11 @@ def build(
     first = resumed.state.step if resumed else 0
 
     # Adapter: frozen linears become AbbaLinear; factors by SVD, bit-equal at any world size, or from the checkpoint.
-    adapter = recipe.adapter.config()
-    targets = find_targets(model, adapter)
-    with starting_point(resumed, targets, adapter, settings.seed, recipe.adapter.init_from, ranks) as (factors, read):
-        report = inject(model, adapter, factors=factors)
+    # Another method puts PEFT's layers around them, or trains the base itself.
+    adapter, init_from = recipe.adapter.config(), recipe.adapter.init_from
+    with injected(model, adapter, resumed, settings.seed, init_from, ranks) as (report, read):
         say(
-            f"adapter: {len(report.replaced)} modules, r1={adapter.r1} r2={adapter.r2} scale={adapter.scale:g}; "
+            f"adapter: {len(report.replaced)} modules, {adapter.summary}; "
             f"{report.trainable_parameters:,} parameters train, {report.frozen_parameters:,} are frozen"
         )
 
@@ -207,8 +206,8 @@ def build(
         enable_checkpointing(model, settings.gradient_checkpointing)
         say(f"loss: {return_losses(model)}")
         engine = start_engine(model, config, settings.adam(), read, first)
-    del factors, read  # full fp32 copies; the engine holds its slices
-    if resumed is None and recipe.adapter.init_from is None:
+    del read  # full fp32 copies; the engine holds its slices
+    if resumed is None and init_from is None:
         assert_delta_is_zero(engine, stream)
     seconds, accumulation = time.monotonic() - began, config["gradient_accumulation_steps"]
     say(f"engine: {ranks.world_size} rank(s) x {accumulation} micro-batch(es) a step; ready after {seconds:.0f} s")
@@ -227,11 +226,11 @@ def refuse_score(recipe: Recipe) -> None:
     from abba.evaluation.engine import require_engine
     from abba.evaluation.tasks import load_questions
 
-    require_engine(recipe.evaluate.engine, recipe.adapter.r1 * recipe.adapter.r2, DTYPES[recipe.model.dtype])
+    require_engine(recipe.evaluate.engine, recipe.adapter.config().lora_rank, DTYPES[recipe.model.dtype])
     load_questions(recipe.evaluate.task, recipe.evaluate.path, recipe.evaluate.limit)
 
 
-def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable[[str], None]) -> None:
+def score(recipe: Recipe, base: Path, adapter: Path | None, output: Path, say: Callable[[str], None]) -> None:
     from abba.adapter.files import rewrite_card
     from abba.base_model import DTYPES
     from abba.evaluation.score import evaluate
@@ -247,7 +246,7 @@ def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable
         say=say,
         **wanted,
     )
-    rewrite_card(adapter, scores)
+    rewrite_card(adapter or base, scores)
     say(f"score: {scores['task']} exact match {scores['exact_match']:.1f}% of {scores['n']}; {output}/scores.json")
 
 

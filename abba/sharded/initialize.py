@@ -10,7 +10,7 @@ from torch import nn
 
 from abba.adapter.config import AdapterConfig
 from abba.adapter.files import read_factors
-from abba.adapter.initialize import Factors, factors_from_svd, seed_for
+from abba.adapter.initialize import Factors, initial_factors, seed_for
 from abba.errors import RecipeError
 from abba.sharded.ranks import Ranks
 
@@ -25,9 +25,9 @@ def starting_factors(
         CheckpointError: it is damaged.
     """
     if init_from is None:
-        return factors_of_sharded(targets, config.r1, config.r2, seed, ranks.rank, ranks.world_size)
+        return factors_of_sharded(targets, config.r1, config.r2, seed, ranks.rank, ranks.world_size, config.init)
     description, factors = read_factors(Path(init_from))
-    for key in ("r1", "r2", "alpha"):
+    for key in ("r1", "r2", "alpha", "scale_rule"):
         saved, wanted = getattr(description.config, key), getattr(config, key)
         if saved != wanted:
             raise RecipeError(f"adapter.{key}: {wanted} is not the {saved} of adapter.init_from={init_from}; set it so")
@@ -39,7 +39,7 @@ def starting_factors(
 
 
 def factors_of_sharded(
-    targets: Mapping[str, nn.Linear], r1: int, r2: int, seed: int, rank: int, world_size: int
+    targets: Mapping[str, nn.Linear], r1: int, r2: int, seed: int, rank: int, world_size: int, init: str = "svd"
 ) -> dict[str, Factors]:
     """fp32 factors of every target, the same on every rank and bit-equal at any world size.
 
@@ -57,7 +57,7 @@ def factors_of_sharded(
                     kept = linear.weight.detach().clone()
         mine = None
         if kept is not None:
-            mine = factors_from_svd(kept, r1, r2, seed_for(group[rank][0], seed))
+            mine = initial_factors(kept, r1, r2, seed_for(group[rank][0], seed), init)
             del kept
         for owner, (name, linear) in enumerate(group):
             factors[name] = _broadcast(mine if rank == owner else None, owner, linear, r1, r2)
