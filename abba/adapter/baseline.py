@@ -1,7 +1,7 @@
 """PEFT's own layers, for the methods that ABBA is compared with: put into a model, with the same rules for targets."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,12 @@ def load_baseline(model: nn.Module, directory: Path) -> None:
 
 
 @torch.no_grad()
-def attach(model: nn.Module, config: BaselineConfig, values: Mapping[str, Tensor]) -> None:
-    """Put trained tensors, by their names in the adapted model, into a plain base in place."""
-    inject_baseline(model, config)
-    for name, value in values.items():
-        model.get_parameter(name).copy_(value)
+def attach(model: nn.Module, config: BaselineConfig, factors: Mapping[str, Sequence[Tensor]]) -> None:
+    """Put trained tensors, of each module in the order of `config.factor_shapes`, into a plain base in place."""
+    report = inject_baseline(model, config)
+    for name, shape in report.shapes.items():
+        for factor, value in zip(config.factor_shapes(*shape), factors[name], strict=True):
+            model.get_parameter(f"{name}.{factor}").copy_(value)
 
 
 def _peft_config(config: BaselineConfig) -> Any:

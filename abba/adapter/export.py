@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from abba.adapter.config import AdapterConfig, BaselineConfig
-from abba.adapter.directory import AdapterDescription
+from abba.adapter.directory import ADAPTER_FORMATS, AdapterDescription
 from abba.adapter.functional import khatri_rao_a, khatri_rao_b
 from abba.adapter.initialize import Factors
 from abba.errors import CheckpointError
@@ -46,6 +46,14 @@ def zero_at_start(description: AdapterDescription) -> str:
     if isinstance(description.config, BaselineConfig):
         return ZERO_AT_START[description.format]
     return LOHA_KEYS["B2"] if description.format == "loha" else "lora_B.weight"
+
+
+def why_nothing_changes(description: AdapterDescription) -> str:
+    """What `changes_nothing` was seen from."""
+    if description.format not in ADAPTER_FORMATS:
+        return "every weight is the base's"
+    abba = isinstance(description.config, AdapterConfig)
+    return f"every {'B2' if abba else zero_at_start(description)} is zero"
 
 
 def tensors(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from abba.adapter.config import FullConfig
-from abba.adapter.export import PEFT_NAMES, zero_at_start
+from abba.adapter.export import PEFT_NAMES, why_nothing_changes
 from abba.checkpoint.convert import Form, convert
 from abba.checkpoint.format import read_state, verify
 from abba.training.recipe import Recipe
@@ -40,6 +40,6 @@ def finish(last: Path, directory: RunDirectory, base: Path, say: Callable[[str],
     form = "a whole model" if full else f"PEFT {PEFT_NAMES[description.format]}"
     say(f"{result.name}: {result}: {summary.tensors} tensors, {summary.bytes:,} bytes, {form}, verified")
     if summary.changes_nothing:
-        why = "every weight is the base's" if full else f"every {zero_at_start(description)} is zero"
+        why = why_nothing_changes(description)
         say(f"{result.name}: WARNING: {why}, so it changes nothing; was the learning rate 0?")
     return (result, None) if full else (base, result)
