@@ -14,6 +14,7 @@ from abba.adapter.initialize import seed_for
 from abba.adapter.inject import InjectionReport, counted, find_targets
 from abba.errors import CheckpointError, RecipeError, first_line
 
+PEFT_MISSING = "needs peft, which is not installed: pip install 'abba-recipes[export]'"
 READS_WEIGHT = ("dora", "hira", "loha")  # outside of the linear layer: PEFT's forward asks for it, or for its shape
 
 
@@ -37,9 +38,7 @@ def inject_baseline(
     try:
         from peft import inject_adapter_in_model
     except ImportError:
-        raise RecipeError(
-            f"adapter.method: {config.method} is PEFT's, which is not installed: pip install 'abba-recipes[export]'"
-        ) from None
+        raise RecipeError(f"adapter.method: {config.method}: {PEFT_MISSING}") from None
     targets = find_targets(model, config)
     peft_config = _peft_config(config)
     model.requires_grad_(False)
@@ -76,7 +75,7 @@ def load_baseline(model: nn.Module, directory: Path) -> None:
     try:
         from peft import PeftModel
     except ImportError:
-        raise CheckpointError(f"{directory}: needs peft: pip install 'abba-recipes[export]'") from None
+        raise CheckpointError(f"{directory}: {PEFT_MISSING}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # to PEFT a missing tensor is a warning
         try:
