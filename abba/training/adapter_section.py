@@ -69,6 +69,9 @@ class AdapterSection(Section):
             value = str(getattr(self, key))[:50]
             context = {"key": key, "value": value, "method": self.method, "options": options}
             raise PydanticCustomError("adapter", message, context)
+        if self.init_from is not None and self.init != ABBA_OPTIONS["init"]:
+            message = "init={init} has no meaning with init_from, whose factors training starts from; leave one out"
+            raise PydanticCustomError("adapter", message, {"init": self.init})
         return self
 
     @field_validator("layer_range", mode="before")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abba import inject
 from abba.adapter.baseline import inject_baseline
@@ -21,41 +21,54 @@ from abba.training.adapter_section import AdapterSection
 from abba.training.batches import BatchPlan
 from abba.training.tokens import TokenizedRows
 from tests.distributed.ranks import NOTHING_STAYS, STORIES, TINY, read_metrics, run_ranks
+from tests.models import tiny_model
 
-STEPS, RATE, HALFWAY = 4, 1e-3, 2
+STEPS, RATE, HALFWAY, ROWS = 3, 1e-2, 2, 2
 OPTIONS = {method: {"r": 8} for method in METHODS} | {"abba": {"r1": 4, "r2": 4}, "loha": {"r": 4}, "full": {}}
 CONTINUED = ("lora", "dora", "full")
 
 
-def overrides(method, output):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random Llama of two layers in bf16, tied, with tiny-llama's tokenizer."""
+    directory = tmp_path_factory.mktemp("base")
+    tiny_model(vocab_size=640, bos_token_id=1, eos_token_id=2).to(torch.bfloat16).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(directory)
+    return directory
+
+
+def overrides(method, base, output):
     yield from (f"adapter.{key}=null" for key in ("r1", "r2", "alpha"))
     yield from (f"adapter.{key}={value}" for key, value in {"method": method, **OPTIONS[method]}.items())
     yield from (f"output_dir={output}", f"data.prepared_path={output.parent / 'tokens'}")
-    yield from (f"model.name_or_path={TINY}", "model.dtype=float32", f"data.path={STORIES / 'train.jsonl'}")
-    yield from ("data.max_rows=16", "data.eval_rows=0", "train.eval_steps=null", "train.global_batch_size=4")
+    yield from (f"model.name_or_path={base}", "model.dtype=float32", f"data.path={STORIES / 'train.jsonl'}")
+    yield from ("data.max_rows=16", "data.eval_rows=0", "train.eval_steps=null", f"train.global_batch_size={ROWS}")
     yield from ("train.per_device_train_batch_size=1", f"train.max_steps={STEPS}", f"train.learning_rate={RATE}")
     yield from ("train.lr_scheduler_type=constant", "train.warmup_ratio=0", f"checkpoint.save_steps={HALFWAY}")
     yield from NOTHING_STAYS
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, base):
     """Where the run of each method, and the second half of some, lie."""
     root = tmp_path_factory.mktemp("methods")
-    runs = [["--recipe", "quickstart", *overrides(method, root / method)] for method in METHODS]
+    runs = {method: list(overrides(method, base, root / method)) for method in METHODS}
     for method in CONTINUED:
         halfway = root / method / "checkpoints" / f"step-{HALFWAY:06d}"
-        again = overrides(method, root / f"{method}-continued")
-        runs.append(["--recipe", "quickstart", *again, f"checkpoint.resume={halfway}"])
-    (root / "runs.json").write_text(json.dumps(runs))
-    for finished in run_ranks(root / "ranks", [["tests/distributed/several.py", str(root / "runs.json")]] * 2):
-        assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
+        again = overrides(method, base, root / f"{method}-continued")
+        runs[f"{method}-continued"] = [*again, f"checkpoint.resume={halfway}"]
+    for first in range(0, len(runs), 5):
+        commands = [["--recipe", "quickstart", *arguments] for arguments in list(runs.values())[first : first + 5]]
+        (root / "runs.json").write_text(json.dumps(commands))
+        several = ["tests/distributed/several.py", str(root / "runs.json")]
+        for finished in run_ranks(root / f"ranks-{first}", [several] * 2):
+            assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
     return root
 
 
-def plain_losses(method, tokens):
+def plain_losses(method, base, tokens):
     """The same training in one process of plain torch, with stock PEFT's layers."""
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
     config = AdapterSection(method=method, **OPTIONS[method]).config()
     if isinstance(config, AdapterConfig):
         inject(model, config, seed=0)
@@ -64,7 +77,7 @@ def plain_losses(method, tokens):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     data = TokenizedRows(tokens)
-    plan, seen = BatchPlan(list(range(len(data))), 4, 1, seed=0), []
+    plan, seen = BatchPlan(list(range(len(data))), ROWS, 1, seed=0), []
     for step in range(STEPS):
         rows = plan.global_rows(step)
         losses = []
@@ -81,19 +94,19 @@ def plain_losses(method, tokens):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_are_those_of_plain_torch(trained, method):
-    expected = plain_losses(method, next((trained / "tokens").iterdir()))
+def test_losses_are_those_of_plain_torch(trained, base, method):
+    expected = plain_losses(method, base, next((trained / "tokens").iterdir()))
     found = [record["loss"] for record in read_metrics(trained / method)]
     assert found == pytest.approx(expected, rel=1e-5)
     assert all(abs(loss - expected[0]) > 1e-3 for loss in expected[1:]), "it must move for this to mean anything"
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_ends_in_what_stock_programs_load(trained, method):
+def test_a_run_ends_in_what_stock_programs_load(trained, base, method):
     """The fp32 masters of the last checkpoint, through files and stock PEFT, give the logits of the layers trained."""
     if method == "full":
         verify_model(trained / method / "model")
-        stored, before = load_file(trained / method / "model/model.safetensors"), load_file(TINY / "model.safetensors")
+        stored, before = load_file(trained / method / "model/model.safetensors"), load_file(base / "model.safetensors")
         with open_checkpoint(list_checkpoints(trained / method / "checkpoints")[-1]) as source:
             for name in before:
                 assert torch.equal(stored[name], source.read(name).bfloat16()) and stored[name].dtype == torch.bfloat16
@@ -103,7 +116,7 @@ def test_a_run_ends_in_what_stock_programs_load(trained, method):
     adapter = trained / method / "adapter"
     assert not verify_adapter(adapter).changes_nothing
     with open_checkpoint(list_checkpoints(trained / method / "checkpoints")[-1]) as source:
-        difference, largest = peft_difference(TINY, adapter, source.all_factors())
+        difference, largest = peft_difference(base, adapter, source.all_factors())
     assert difference < 1e-6 * max(1.0, largest)
 
 

@@ -72,6 +72,12 @@ def test_unknown_choices_are_named(tmp_path, override, said):
     assert said in message(tmp_path, GOOD, override)
 
 
+def test_an_init_beside_factors_to_start_from_is_refused(tmp_path):
+    said = message(tmp_path, GOOD, "adapter.init=kaiming", "adapter.init_from=runs/x/adapter")
+    assert "adapter: init=kaiming has no meaning with init_from" in said
+    assert load(tmp_path, GOOD, "adapter.init_from=runs/x/adapter").adapter.init_from == "runs/x/adapter"
+
+
 def test_scale_rules():
     assert AdapterConfig(4, 9, 12.0).scale == 24.0
     assert AdapterConfig(4, 9, 12.0, scale_rule="reference").scale == 12.0
