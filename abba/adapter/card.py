@@ -16,13 +16,9 @@ def model_card(description: AdapterDescription, scores: Mapping[str, Any] | None
         scores: scores.json of an evaluation of this adapter. Its paths are left out: they are of one machine.
     """
     base = description.base_model or "the base model"
-    what = {
-        MERGED: "Model with a merged ABBA adapter",
-        FULL: "Fully fine-tuned model",
-    }.get(description.format, f"{_name(description)} adapter")
     parts = [
         _header(description),
-        f"# {what} for {base}",
+        f"# {_what(description)} for {base}",
         _method(description),
         "## Load it",
         _how_to_load(description),
@@ -40,10 +36,14 @@ def _header(description: AdapterDescription) -> str:
     return "\n".join(lines)
 
 
-def _name(description: AdapterDescription) -> str:
+def _what(description: AdapterDescription) -> str:
+    if description.format == MERGED:
+        return "Model with a merged ABBA adapter"
+    if description.format == FULL:
+        return "Fully fine-tuned model"
     if isinstance(description.config, AdapterConfig):
-        return "ABBA"
-    return "rsLoRA" if description.config.method == "rslora" else PEFT_NAMES[description.format]
+        return "ABBA adapter"
+    return f"{'rsLoRA' if description.config.method == 'rslora' else PEFT_NAMES[description.format]} adapter"
 
 
 def _method(description: AdapterDescription) -> str:
