@@ -1,7 +1,7 @@
 """PEFT's own layers, for the methods that ABBA is compared with: put into a model, with the same rules for targets."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from abba.adapter.config import BaselineConfig, factors_of
-from abba.adapter.initialize import seed_for
+from abba.adapter.initialize import reproducible, seed_for
 from abba.adapter.inject import InjectionReport, counted, find_targets
 from abba.errors import CheckpointError, RecipeError, first_line
 
 PEFT_MISSING = "needs peft, which is not installed: pip install 'abba-recipes[export]'"
-READS_WEIGHT = ("dora", "hira", "loha")  # outside of the linear layer: PEFT's forward asks for it, or for its shape
 
 
 def inject_baseline(
@@ -44,8 +43,7 @@ def inject_baseline(
     model.requires_grad_(False)
     for name, linear in targets.items():
         holder = nn.ModuleDict({"linear": linear})
-        with gathered(linear), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(name, seed))
+        with gathered(linear), reproducible(linear.weight.device, seed_for(name, seed)):
             inject_adapter_in_model(peft_config, holder)
         model.set_submodule(name, holder["linear"])
     report = counted(model, targets)
@@ -54,16 +52,21 @@ def inject_baseline(
     return report
 
 
-def layers_that_read(
-    model: nn.Module, config: BaselineConfig, modules: Mapping[str, Any]
-) -> list[tuple[nn.Module, nn.Parameter]]:
-    """(module, weight) where a forward reads the weight of a layer below it, which ZeRO-3 has to be told of."""
-    if config.method not in READS_WEIGHT:
-        return []
-    layers = [(model.get_submodule(name), model.get_submodule(name).base_layer) for name in modules]
-    if config.method == "dora":  # a module of its own computes with the norm
-        layers = [(layer.lora_magnitude_vector["default"], linear) for layer, linear in layers]
-    return [(layer, linear.weight) for layer, linear in layers]
+def read_elsewhere(
+    model: nn.Module, config: BaselineConfig, modules: Iterable[str]
+) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """(module, parameters) where a forward reads parameters that are not the module's own: ZeRO-3 has to be told.
+
+    HiRA computes with the base's weight and LoHa with its shape, their factors are in dictionaries; DoRA's module for
+    the magnitudes reads the weight, and of both factors the shapes before it calls them.
+    """
+    for name in modules:
+        layer = model.get_submodule(name)
+        if config.method in ("hira", "loha"):
+            yield layer, list(layer.parameters())
+        elif config.method == "dora":
+            read = [layer.base_layer.weight, *layer.lora_A.parameters(), *layer.lora_B.parameters()]
+            yield layer.lora_magnitude_vector["default"], read
 
 
 def load_baseline(model: nn.Module, directory: Path) -> None:

@@ -75,7 +75,7 @@ class AdapterConfig:
 
     @property
     def summary(self) -> str:
-        return f"r1={self.r1} r2={self.r2} scale={self.scale:g}"
+        return f"r1={self.r1} r2={self.r2} scale={self.scale:g}" + (f" init={self.init}" if self.init != "svd" else "")
 
     def factor_shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """What trains in a module of (out, in): the name within the module, and its shape."""
@@ -159,6 +159,10 @@ class FullConfig:
     @property
     def lora_rank(self) -> None:
         """None: there is no adapter."""
+
+    @property
+    def width(self) -> int:
+        return 0
 
     @property
     def summary(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from abba.adapter import export
 from abba.adapter.baseline import load_baseline
 from abba.adapter.card import model_card
-from abba.adapter.config import AdapterConfig, BaselineConfig
+from abba.adapter.config import AdapterConfig, BaselineConfig, FullConfig
 from abba.adapter.directory import (
     ABBA_CONFIG,
     ADAPTER_FORMATS,
@@ -148,6 +148,8 @@ def read_factors(directory: Path) -> tuple[AdapterDescription, dict[str, Factors
     description = read_description(directory)
     if isinstance(description.config, BaselineConfig):
         raise CheckpointError(f"{directory}: is a {description.config.method} adapter and no ABBA adapter")
+    if isinstance(description.config, FullConfig):
+        raise CheckpointError(f"{directory}: is a whole model and no adapter; give it as the model")
     if description.format != "loha":
         raise CheckpointError(
             f"{directory}: is in {description.format} form, which no longer holds the four factors; "

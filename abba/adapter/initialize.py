@@ -40,7 +40,7 @@ def check_ranks(name: str, shape: torch.Size | tuple[int, int], r1: int, r2: int
 
 
 @contextlib.contextmanager
-def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
+def reproducible(device: torch.device, seed: int) -> Iterator[None]:
     """One thread and a private random stream: torch.svd_lowrank is not bit-equal across thread counts."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -69,7 +69,7 @@ def initial_factors(weight_OI: Tensor, r1: int, r2: int, seed: int, init: str = 
     out_features, in_features = weight_OI.shape
     check_ranks("a module", weight_OI.shape, r1, r2)
     empty = partial(torch.empty, device=weight_OI.device)
-    with _reproducible(weight_OI.device, seed):
+    with reproducible(weight_OI.device, seed):
         a1_RI, b1_OR, a2_QI = (
             _kaiming(empty(shape)) for shape in ((r1, in_features), (out_features, r1), (r2, in_features))
         )
@@ -95,7 +95,7 @@ def factors_from_svd(
     """
     out_features, in_features = weight_OI.shape
     check_ranks("a module", weight_OI.shape, r1, r2)
-    with _reproducible(weight_OI.device, seed):
+    with reproducible(weight_OI.device, seed):
         oversampled = min(r1 + oversampling, out_features, in_features)
         u_OK, s_K, v_IK = torch.svd_lowrank(weight_OI.float(), q=oversampled, niter=power_iterations)
         root_R = s_K[:r1].sqrt()

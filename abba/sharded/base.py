@@ -12,10 +12,11 @@ def gathered(linear: nn.Linear) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters([linear.weight])
 
 
-def read_beyond(readers: Iterable[tuple[nn.Module, nn.Parameter]]) -> None:
-    """Each module's forward and backward read a weight of another: ZeRO-3 gathers it for the reader too."""
-    for module, weight in readers:
-        deepspeed.zero.register_external_parameter(module, weight)
+def gather_for(readers: Iterable[tuple[nn.Module, Iterable[nn.Parameter]]]) -> None:
+    """Each module's forward and backward read parameters of others: ZeRO-3 gathers them for the reader too."""
+    for module, parameters in readers:
+        for parameter in parameters:
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def slices_of_base(parameters: Mapping[str, nn.Parameter]) -> Callable[[str, str, int, int], Tensor]:

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from abba.adapter.baseline import inject_baseline, layers_that_read
+from abba.adapter.baseline import inject_baseline, read_elsewhere
 from abba.adapter.config import AdapterConfig, FullConfig, MethodConfig
 from abba.adapter.inject import InjectionReport, counted, find_targets, inject
 from abba.checkpoint.format import ShardReader
 from abba.errors import CheckpointError
-from abba.sharded.base import gathered, read_beyond, slices_of_base
+from abba.sharded.base import gather_for, gathered, slices_of_base
 from abba.sharded.ranks import Ranks
 from abba.training.resume import ResumePoint, starting_point
 
@@ -36,7 +36,7 @@ def injected(
         report = train_all(model)
     else:
         report = inject_baseline(model, config, seed, gathered)
-        read_beyond(layers_that_read(model, config, report.shapes))
+        gather_for(read_elsewhere(model, config, report.shapes))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
     if point is None:

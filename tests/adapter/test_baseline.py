@@ -149,6 +149,8 @@ def test_a_model_that_was_trained_whole(tmp_path, tied, files):
     assert not summary.changes_nothing
     loaded = type(base).from_pretrained(tmp_path / "model", dtype=torch.float32, attn_implementation="eager")
     assert torch.equal(loaded(TOKENS).logits, trained(TOKENS).logits)
+    with pytest.raises(CheckpointError, match="is a whole model and no adapter; give it as the model"):
+        load_adapter(tiny_model(), tmp_path / "model")
     del shapes["model.norm.weight"]
     assert write_full(tmp_path / "less", *write).tensors == summary.tensors, "what was not trained is copied"
     shapes["model.other.weight"] = (3,)
