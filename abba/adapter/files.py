@@ -146,6 +146,10 @@ def read_factors(directory: Path) -> tuple[AdapterDescription, dict[str, Factors
         CheckpointError: damaged, or in LoRA or merged form, from which the factors cannot be told.
     """
     description = read_description(directory)
+    return description, _factors(directory, description)
+
+
+def _factors(directory: Path, description: AdapterDescription) -> dict[str, Factors]:
     if isinstance(description.config, BaselineConfig):
         raise CheckpointError(f"{directory}: is a {description.config.method} adapter and no ABBA adapter")
     if isinstance(description.config, FullConfig):
@@ -158,7 +162,7 @@ def read_factors(directory: Path) -> tuple[AdapterDescription, dict[str, Factors
     verify_adapter(directory)
     with opened(directory / WEIGHTS) as file:
         read = {key: file.get_tensor(key) for key in _shapes(description)}
-    return description, {name: export.factors_from_loha(read, name, description.config) for name in description.modules}
+    return {name: export.factors_from_loha(read, name, description.config) for name in description.modules}
 
 
 def describe(model: nn.Module, config: AdapterConfig, format: str, base_model: str | None) -> AdapterDescription:
@@ -193,7 +197,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> AdapterDescr
         verify_adapter(Path(directory))
         load_baseline(model, Path(directory))
         return description
-    description, factors = read_factors(Path(directory))
+    factors = _factors(Path(directory), description)
     present = abba_modules(model)
     if not present:
         inject(model, description.config, factors=factors)
