@@ -6,6 +6,8 @@ import pytest
 
 from abba.adapter.config import BaselineConfig, FullConfig
 from abba.adapter.directory import read_description
+from abba.checkpoint.convert import Form, convert
+from abba.errors import RecipeError
 from abba.storage import SafetensorsFile
 from tests import warm
 from tests.checkpoint.made import linears, write_checkpoint
@@ -45,27 +47,29 @@ def test_dora_becomes_pefts_own_and_is_answered_with(program, made, tmp_path):
 
 
 def test_full_needs_its_base_and_becomes_a_model(program, made, tmp_path):
-    convert = partial(program, "launch/convert.py", str(made / "full"), str(tmp_path / "out"))
-    refused = convert()
+    command = partial(program, "launch/convert.py", str(made / "full"), str(tmp_path / "out"))
+    refused = command()
     assert refused.returncode == 64 and "--base: is needed for a whole model" in refused.stderr
-    finished = convert("--base", str(TINY), "--verify")
+    finished = command("--base", str(TINY), "--verify")
     assert finished.returncode == 0, finished.stderr
     assert "verified: 38 tensors" in finished.stdout and (tmp_path / "out/tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize(
-    "run, options, said",
+    "run, form, said",
     [
-        ("lora", ["--format", "loha"], "--format loha: is no form of lora, which has lora; leave it out"),
-        ("dora", ["--format", "merged", "--base", str(TINY)], "--format merged: is no form of dora, which has dora"),
-        ("lora", ["--format", "lora", "--rank", "4"], "--rank 4: truncates ABBA alone, and this is lora"),
-        ("full", ["--format", "loha", "--base", str(TINY), "--verify"], "--format loha: is no form of full"),
+        ("lora", Form("loha"), "--format loha: is no form of lora, which has lora; leave it out"),
+        ("dora", Form("merged", base=TINY), "--format merged: is no form of dora, which has dora; leave it out"),
+        ("lora", Form("lora", rank=4), "--rank 4: truncates ABBA alone, and this is lora; leave it out"),
+        ("full", Form("loha", base=TINY), "--format loha: is no form of full, which has full; leave it out"),
+        ("full", Form(), "--base: is needed for a whole model"),
     ],
 )
-def test_forms_that_do_not_apply_are_one_line(program, made, tmp_path, run, options, said):
-    finished = program("launch/convert.py", str(made / run), str(tmp_path / "out"), *options)
-    assert finished.returncode == 64 and said in finished.stderr
-    assert finished.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+def test_forms_that_do_not_apply_are_one_line(made, tmp_path, run, form, said):
+    checkpoint = next((made / run / "checkpoints").iterdir())
+    with pytest.raises(RecipeError) as error:
+        convert(checkpoint, tmp_path / "out", form)
+    assert said in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_plans_and_dry_runs_know_the_method(program):
