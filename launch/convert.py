@@ -18,6 +18,7 @@ from pathlib import Path
 
 from abba.errors import AbbaError, CheckpointError, RecipeError, exit_with
 
+WHOLE = ("merged", "full")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of the largest logit; bf16 rounds the factors or their products
 
 
@@ -33,16 +34,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--format",
         choices=["loha", "lora", "merged"],
-        default="loha",
-        help="loha (default): exact, for PEFT; lora: rank r1*r2, exact, for vLLM too; merged: a full model",
+        help="of an ABBA adapter; loha (default): exact, for PEFT; lora: rank r1*r2, exact, for vLLM too; merged: a "
+        "full model. What another method has trained has one form, its own in PEFT: leave this out",
     )
     parser.add_argument(
         "--rank", type=int, metavar="K", help="with lora: truncate to rank K; prints the energy it keeps"
     )
     parser.add_argument(
         "--base",
-        help="the base model, a directory or a Hub name in the cache: for merged, to compare with --verify, and to "
-        "name the base of DeepSpeed's checkpoints",
+        help="the base model, a directory or a Hub name in the cache: for merged and after full fine-tuning, to "
+        "compare with --verify, and to name the base of DeepSpeed's checkpoints",
     )
     parser.add_argument("--alpha", type=float, help="of the adapter in a checkpoint of DeepSpeed's; ours know theirs")
     parser.add_argument(
@@ -73,14 +74,16 @@ def convert(arguments: argparse.Namespace) -> None:
     from abba.checkpoint.source import open_source, refuse_missing
 
     refuse_missing(arguments.source)
-    refuse_senseless(arguments, names_base=is_deepspeed_checkpoint(arguments.source))
     refuse_overlap(arguments.destination, arguments.source, "SRC")
-    merged = arguments.format == "merged"
-    base = find_base(arguments.base, None, "--base") if merged or (arguments.base and arguments.verify) else None
+    if arguments.rank is not None and arguments.format != "lora":
+        raise RecipeError(f"--rank {arguments.rank}: has a meaning for --format lora alone")
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    form = Form(arguments.format, arguments.rank, dtype, base if merged else None)
     given = (arguments.strict, arguments.alpha, arguments.base)
     with open_source(arguments.source, lambda line: print(line, file=sys.stderr), *given) as source:
+        whole = (arguments.format or source.config.default_format) in WHOLE
+        refuse_senseless(arguments, whole, names_base=is_deepspeed_checkpoint(arguments.source))
+        base = find_base(arguments.base, None, "--base") if arguments.base and (whole or arguments.verify) else None
+        form = Form(arguments.format, arguments.rank, dtype, base if whole else None)
         description, summary = convert_source(source, arguments.destination, form, arguments.force)
         size = f"{summary.tensors} tensors, {summary.bytes:,} bytes, re-opened"
         print(f"{source.directory} -> {arguments.destination}: {size}")
@@ -89,19 +92,17 @@ def convert(arguments: argparse.Namespace) -> None:
             verify(source, arguments, description, summary, base)
 
 
-def refuse_senseless(arguments: argparse.Namespace, names_base: bool) -> None:
-    if arguments.rank is not None and arguments.format != "lora":
-        raise RecipeError(f"--rank {arguments.rank}: has a meaning for --format lora alone")
+def refuse_senseless(arguments: argparse.Namespace, whole: bool, names_base: bool) -> None:
     if arguments.format == "merged" and not arguments.base:
         raise RecipeError("--format merged: needs --base, the model to merge into")
-    if arguments.base and not (arguments.verify or arguments.format == "merged" or names_base):
+    if arguments.base and not (arguments.verify or whole or names_base):
         raise RecipeError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
 
 
 def tell_what_was_lost(description, summary) -> None:
     from abba.adapter.export import vllm_advice
 
-    if description.format == "lora":
+    if description.format == "lora" and description.lora_rank:
         print(vllm_advice(description.lora_rank))
     if kept := summary.kept_energy:
         least = f"least in {kept.worst_module}: {kept.worst:.2%}"
@@ -114,16 +115,21 @@ def tell_what_was_lost(description, summary) -> None:
 
 
 def verify(source, arguments: argparse.Namespace, description, summary, base: Path | None) -> None:
+    from abba.adapter.export import why_nothing_changes
     from abba.adapter.files import verify_adapter
-    from abba.adapter.merge import verify_merged
+    from abba.adapter.model_files import verify_model
     from abba.evaluation.parity import merged_difference, peft_difference
 
     destination, merged = arguments.destination, description.format == "merged"
-    (verify_merged if merged else verify_adapter)(destination)
+    whole = description.format in WHOLE
+    (verify_model if whole else verify_adapter)(destination)
     if summary.changes_nothing:
-        why = "every weight is the base's" if merged else "every B2 is zero"
+        why = why_nothing_changes(description)
         raise CheckpointError(f"{destination}: {why}, so it changes nothing; was the learning rate 0?")
     found = f"verified: {len(description.modules)} targets, all tensors of their shapes and finite"
+    if description.format == "full":
+        print(f"verified: {summary.tensors} tensors, of their shapes and finite")
+        return
     if base is None:
         print(f"{found}; logits are not compared without --base")
         return

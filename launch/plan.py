@@ -118,12 +118,14 @@ def run(arguments: argparse.Namespace) -> int:
 def job_of(recipe: Any, gpus: int) -> Any:
     """The recipe's values as the planner takes them."""
     from abba.planning.architecture import architecture_of
-    from abba.planning.job import Job
+    from abba.planning.job import Job, refuse_unplanned
 
-    name = recipe.model.name_or_path
+    name, adapter = recipe.model.name_or_path, recipe.adapter.config()
+    architecture = architecture_of(model_config(name, recipe.model.revision), name)
+    refuse_unplanned(adapter, architecture)
     return Job(
-        architecture_of(model_config(name, recipe.model.revision), name),
-        recipe.adapter.config(),
+        architecture,
+        adapter,
         gpus,
         recipe.train.global_batch_size,
         recipe.train.per_device_train_batch_size,

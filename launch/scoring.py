@@ -14,11 +14,11 @@ def refuse_score(recipe: Recipe) -> None:
     from abba.evaluation.engine import require_engine
     from abba.evaluation.tasks import load_questions
 
-    require_engine(recipe.evaluate.engine, recipe.adapter.r1 * recipe.adapter.r2, DTYPES[recipe.model.dtype])
+    require_engine(recipe.evaluate.engine, recipe.adapter.config().lora_rank, DTYPES[recipe.model.dtype])
     load_questions(recipe.evaluate.task, recipe.evaluate.path, recipe.evaluate.limit)
 
 
-def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable[[str], None]) -> None:
+def score(recipe: Recipe, base: Path, adapter: Path | None, output: Path, say: Callable[[str], None]) -> None:
     from abba.adapter.files import rewrite_card
     from abba.base_model import DTYPES
     from abba.evaluation.score import evaluate, headline
@@ -28,5 +28,5 @@ def score(recipe: Recipe, base: Path, adapter: Path, output: Path, say: Callable
     subject = Subject(base, adapter, recipe.data.prompt, adapter)
     named = (subject, wanted.pop("task"), wanted.pop("path"), output)
     scores = evaluate(*named, dtype=dtype, replace=True, say=say, **wanted)
-    rewrite_card(adapter, scores)
+    rewrite_card(adapter or base, scores)
     say(f"score: {headline(scores)}; {output}/scores.json")

@@ -97,10 +97,10 @@ def run(
     dist.destroy_process_group()
     if ranks.is_main:
         directory.confirm()
-        finish(last, directory, say)
+        scored = finish(last, directory, base, say)
         if recipe.evaluate is not None:
             wait_for_end(others)
-            score(recipe, base, directory.adapter, directory.evaluation, say)
+            score(recipe, *scored, directory.evaluation, say)
         say(f"done in {startup.total:.0f} s")
 
 
@@ -181,13 +181,13 @@ def build(
     """
     import torch
 
-    from abba.adapter.inject import find_targets, inject
     from abba.base_model import DTYPES
     from abba.sharded.engine import start_engine
     from abba.training.loop import assert_delta_is_zero
     from abba.training.loss import return_losses
     from abba.training.model import enable_checkpointing, load_partitioned, packed_tokens
-    from abba.training.resume import refuse_changes, starting_point
+    from abba.training.resume import refuse_changes
+    from abba.training.start import injected
 
     settings, ranks, device = recipe.train, stream.ranks, stream.device
 
@@ -203,14 +203,12 @@ def build(
     first = resumed.state.step if resumed else 0
 
     # Adapter: frozen linears become AbbaLinear; factors by SVD, bit-equal at any world size, or from the checkpoint.
-    adapter, init_from = recipe.adapter.config(), recipe.adapter.init_from
-    targets, cache = find_targets(model, adapter), recipe.factor_cache
-    starting = starting_point(resumed, targets, adapter, settings.seed, init_from, cache, ranks, say)
-    with starting as (factors, read):
+    # Another method puts PEFT's layers around them, or trains the base itself.
+    adapter, init_from, cache = recipe.adapter.config(), recipe.adapter.init_from, recipe.factor_cache
+    with injected(model, adapter, resumed, settings.seed, init_from, cache, ranks, say) as (report, read):
         startup.done("factors")
-        report = inject(model, adapter, factors=factors)
         say(
-            f"adapter: {len(report.replaced)} modules, r1={adapter.r1} r2={adapter.r2} scale={adapter.scale:g}; "
+            f"adapter: {len(report.replaced)} modules, {adapter.summary}; "
             f"{report.trainable_parameters:,} parameters train, {report.frozen_parameters:,} are frozen"
         )
 
@@ -218,7 +216,7 @@ def build(
         enable_checkpointing(model, settings.gradient_checkpointing)
         say(f"loss: {return_losses(model)}")
         engine = start_engine(model, config, settings.adam(), read, first)
-    del factors, read  # full fp32 copies; the engine holds its slices
+    del read  # full fp32 copies; the engine holds its slices
     startup.done("engine")
     if resumed is None and init_from is None:
         assert_delta_is_zero(engine, stream)

@@ -34,7 +34,11 @@ read -ra evaluate <<< "$ABBA_EVALUATE"
 
 then_leave() { [ "$1" = 0 ] || leave "$1" "the message above says why; the same sbatch command tries again"; }
 
-on_first_node python launch/convert.py "$run" "$run-lora" --format lora --verify --force
+method=$(sed -n 's/^  method: \([a-z]*\)$/\1/p' "$run/recipe.yaml")
+[ "$method" != full ] || refuse 64 "$run was trained whole: score it with evaluate.py --model $run/model"
+form=(--format lora)
+[ "${method:-abba}" = abba ] || form=()    # what another method has trained has one form
+on_first_node python launch/convert.py "$run" "$run-lora" "${form[@]}" --verify --force
 then_leave $?
 on_first_node python launch/evaluate.py --model "$BASE" ${REVISION:+--revision "$REVISION"} --dtype "$DTYPE" \
     --adapter "$run/adapter" --task gsm8k --output "$run-score" "${evaluate[@]}" "${@:2}"

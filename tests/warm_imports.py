@@ -14,4 +14,5 @@ import abba.training.dry_run
 import abba.training.finish
 import abba.training.loop
 import abba.training.model
-import abba.training.resume  # noqa: F401
+import abba.training.resume
+import abba.training.start  # noqa: F401

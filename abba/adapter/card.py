@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from abba.adapter.directory import MERGED, AdapterDescription
-from abba.adapter.export import vllm_advice
+from abba.adapter.config import AdapterConfig
+from abba.adapter.directory import FULL, MERGED, AdapterDescription
+from abba.adapter.export import PEFT_NAMES, vllm_advice
 
 
 def model_card(description: AdapterDescription, scores: Mapping[str, Any] | None) -> str:
@@ -15,10 +16,9 @@ def model_card(description: AdapterDescription, scores: Mapping[str, Any] | None
         scores: scores.json of an evaluation of this adapter. Its paths are left out: they are of one machine.
     """
     base = description.base_model or "the base model"
-    what = "Model with a merged ABBA adapter" if description.format == MERGED else "ABBA adapter"
     parts = [
         _header(description),
-        f"# {what} for {base}",
+        f"# {_what(description)} for {base}",
         _method(description),
         "## Load it",
         _how_to_load(description),
@@ -31,12 +31,28 @@ def _header(description: AdapterDescription) -> str:
     lines = ["---"]
     if description.base_model:
         lines.append(f"base_model: {json.dumps(description.base_model)}")
-    lines += [f"library_name: {'transformers' if description.format == MERGED else 'peft'}", "tags: [abba]", "---"]
+    library = "transformers" if description.format in (MERGED, FULL) else "peft"
+    lines += [f"library_name: {library}", f"tags: [{description.config.method}]", "---"]
     return "\n".join(lines)
 
 
+def _what(description: AdapterDescription) -> str:
+    if description.format == MERGED:
+        return "Model with a merged ABBA adapter"
+    if description.format == FULL:
+        return "Fully fine-tuned model"
+    if isinstance(description.config, AdapterConfig):
+        return "ABBA adapter"
+    return f"{'rsLoRA' if description.config.method == 'rslora' else PEFT_NAMES[description.format]} adapter"
+
+
 def _method(description: AdapterDescription) -> str:
-    config, rank = description.config, description.lora_rank
+    config = description.config
+    if description.format == FULL:
+        return "Every parameter of the base was trained. Each tensor in the base's own dtype."
+    if not isinstance(config, AdapterConfig):
+        return f"PEFT's {config.summary}, {len(description.modules)} modules. Stored in {description.dtype}."
+    rank = description.lora_rank
     if description.format == MERGED:
         form = "Added to the base's weights in fp32, one tensor at a time"
     elif description.format == "loha":
@@ -57,7 +73,7 @@ def _method(description: AdapterDescription) -> str:
 
 
 def _how_to_load(description: AdapterDescription) -> str:
-    if description.format == MERGED:
+    if description.format in (MERGED, FULL):
         return (
             "```python\nfrom transformers import AutoModelForCausalLM\n\n"
             'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")\n```'
@@ -94,8 +110,9 @@ def _scores(description: AdapterDescription, scores: Mapping[str, Any] | None) -
     shown = ("task", "n", "exact_match", "exact_match_95", "flexible_match", "flexible_match_95", "tasks")
     shown += ("prompt", "dtype", "max_new_tokens", "engine")
     named = {key: scores[key] for key in shown if key in scores}
-    of_another_form = description.format != "loha" or description.dtype != "float32"
-    note = "Of the run's own adapter, in LoHa form and fp32:" if of_another_form else "Greedy generation:"
+    config = description.config
+    own = description.format == FULL or (description.format, description.dtype) == (config.default_format, "float32")
+    note = "Greedy generation:" if own else "Of the run's own adapter, in LoHa form and fp32:"
     return ["## Scores", note, _block(named)]
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from abba.adapter.config import AdapterConfig
+from abba.adapter.config import AdapterConfig, MethodConfig, config_from
 from abba.errors import CheckpointError, RecipeError
 from abba.storage import is_there, make_directory, publish_directory, read_json, write_json
 
@@ -21,7 +21,7 @@ WEIGHTS, PEFT_CONFIG, ABBA_CONFIG, CARD = (
     "abba_config.json",
     "README.md",
 )
-ADAPTER_FORMATS, MERGED = ("loha", "lora"), "merged"
+ADAPTER_FORMATS, MERGED, FULL = ("loha", "lora", "dora", "hira"), "merged", "full"
 FORMAT_VERSION = 1
 
 
@@ -38,8 +38,8 @@ class KeptEnergy:
 class AdapterDescription:
     """abba_config.json: everything about an adapter but its numbers."""
 
-    config: AdapterConfig
-    format: str  # one of ADAPTER_FORMATS, or MERGED
+    config: MethodConfig
+    format: str  # one of ADAPTER_FORMATS, MERGED, or FULL: a model that was trained whole
     modules: dict[str, tuple[int, int]]  # name -> (out, in)
     base_model: str | None
     rank: int | None = None  # of a LoRA that was truncated; None: r1*r2, exact
@@ -49,14 +49,18 @@ class AdapterDescription:
 
     @property
     def lora_rank(self) -> int:
-        return self.rank or self.config.r1 * self.config.r2
+        return self.rank or self.config.lora_rank
 
 
 def write_description(directory: Path, description: AdapterDescription) -> None:
     write_json(
         directory / ABBA_CONFIG,
-        {"format_version": FORMAT_VERSION, **asdict(description), "scale": description.config.scale},
+        {"format_version": FORMAT_VERSION, **asdict(description), **_scale(description.config)},
     )
+
+
+def _scale(config: MethodConfig) -> dict[str, float]:
+    return {"scale": config.scale} if isinstance(config, AdapterConfig) else {}
 
 
 def read_description(directory: Path) -> AdapterDescription:
@@ -66,16 +70,18 @@ def read_description(directory: Path) -> AdapterDescription:
             f"{directory}: is not an ABBA adapter: it has no {ABBA_CONFIG} (a run's adapter is RUN/adapter)"
         )
     raw = read_json(directory / ABBA_CONFIG)
-    formats = (*ADAPTER_FORMATS, MERGED)
+    formats = (*ADAPTER_FORMATS, MERGED, FULL)
     try:
         if raw["format_version"] != FORMAT_VERSION or raw["format"] not in formats:
             raise CheckpointError(
                 f"{directory / ABBA_CONFIG}: version {raw['format_version']}, form {raw['format']!r}; "
                 f"this program reads version {FORMAT_VERSION}, {' or '.join(formats)}"
             )
-        config = AdapterConfig(**raw["config"])
+        config = config_from(raw["config"])
         rank, kept = raw.get("rank"), raw.get("kept_energy")
-        if rank is not None and not 1 <= rank <= config.r1 * config.r2:
+        if raw["format"] not in forms_of(config):
+            raise ValueError(f"{config.method} in {raw['format']} form")
+        if rank is not None and not (isinstance(config, AdapterConfig) and 1 <= rank <= config.lora_rank):
             raise ValueError(f"rank {rank}")
         return AdapterDescription(
             config,
@@ -89,6 +95,11 @@ def read_description(directory: Path) -> AdapterDescription:
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
         raise CheckpointError(f"{directory / ABBA_CONFIG}: does not describe an adapter: {error!r}") from error
+
+
+def forms_of(config: MethodConfig) -> tuple[str, ...]:
+    """The forms that a method's result can have, the one that a run leaves first."""
+    return ("loha", "lora", MERGED) if isinstance(config, AdapterConfig) else (config.default_format,)
 
 
 def refuse_occupied(directory: Path, overwrite: bool) -> None:

@@ -1,29 +1,36 @@
 """The same update in the forms that the world loads: PEFT LoHa (the factors themselves) and LoRA of rank r1*r2.
 
+A baseline has one form, its own in PEFT, and its tensors go there as they are.
+
 Shapes: O out, I in, R = r1, Q = r2, K = r1*r2. Key names and scales as stock PEFT 0.21 reads them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from abba.adapter.config import AdapterConfig
-from abba.adapter.directory import AdapterDescription
+from abba.adapter.config import AdapterConfig, BaselineConfig
+from abba.adapter.directory import ADAPTER_FORMATS, AdapterDescription
 from abba.adapter.functional import khatri_rao_a, khatri_rao_b
 from abba.adapter.initialize import Factors
 from abba.errors import CheckpointError
 
 LOHA_KEYS = {"A1": "hada_w1_b", "B1": "hada_w1_a", "A2": "hada_w2_b", "B2": "hada_w2_a"}
 PREFIX = "base_model.model."
+PEFT_NAMES = {"loha": "LoHa", "lora": "LoRA", "dora": "DoRA", "hira": "HiRA"}  # by form
+ZERO_AT_START = {"loha": "hada_w2_b", "lora": "lora_B.weight", "dora": "lora_B.weight", "hira": "hira_B"}  # baselines
 # What vLLM's max_lora_rank accepts (vllm/config/lora.py).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def tensor_shapes(description: AdapterDescription, name: str) -> dict[str, tuple[int, int]]:
+def tensor_shapes(description: AdapterDescription, name: str) -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor that module `name` becomes."""
     (out_features, in_features), config = description.modules[name], description.config
+    if isinstance(config, BaselineConfig):
+        shapes = config.factor_shapes(out_features, in_features)
+        return {f"{PREFIX}{name}.{_saved_name(key)}": shape for key, shape in shapes.items()}
     if description.format == "loha":
         rank = max(config.r1, config.r2)
         sides = {"A": (rank, in_features), "B": (out_features, rank)}
@@ -34,12 +41,31 @@ def tensor_shapes(description: AdapterDescription, name: str) -> dict[str, tuple
     }
 
 
-def tensors(format: str, factors: Factors, config: AdapterConfig, dtype: torch.dtype) -> list[Tensor]:
+def zero_at_start(description: AdapterDescription) -> str:
+    """How the key ends of each tensor that is zero, and with it the update, until something is trained."""
+    if isinstance(description.config, BaselineConfig):
+        return ZERO_AT_START[description.format]
+    return LOHA_KEYS["B2"] if description.format == "loha" else "lora_B.weight"
+
+
+def why_nothing_changes(description: AdapterDescription) -> str:
+    """What `changes_nothing` was seen from."""
+    if description.format not in ADAPTER_FORMATS:
+        return "every weight is the base's"
+    abba = isinstance(description.config, AdapterConfig)
+    return f"every {'B2' if abba else zero_at_start(description)} is zero"
+
+
+def tensors(
+    format: str, factors: Sequence[Tensor], config: AdapterConfig | BaselineConfig, dtype: torch.dtype
+) -> list[Tensor]:
     """The tensors of one module, in the order of `tensor_shapes`.
 
     LoHa holds copies of the factors, zero-padded to the larger rank, which changes nothing in the products. LoRA (of
     the whole rank) holds the Khatri-Rao factors with s folded into B; they are multiplied in fp32 and rounded once.
     """
+    if isinstance(config, BaselineConfig):
+        return [factor.detach().to(dtype) for factor in factors]
     factors = Factors(*(factor.detach() for factor in factors))
     if format == "loha":
         rank = max(config.r1, config.r2)
@@ -69,11 +95,30 @@ def peft_config(description: AdapterDescription) -> dict:
         "inference_mode": True,
         "target_modules": _peft_targets(config, list(description.modules)),
     }
+    if isinstance(config, BaselineConfig):
+        return {**_baseline_config(config), **common}
     if description.format == "loha":
         rank = max(config.r1, config.r2)
         return {"peft_type": "LOHA", "r": rank, "alpha": config.scale * rank, **common}
     rank = description.lora_rank
     return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "lora_dropout": 0.0, **common}
+
+
+def _baseline_config(config: BaselineConfig) -> dict:
+    if config.method == "loha":
+        return {"peft_type": "LOHA", "r": config.r, "alpha": config.alpha}
+    if config.method == "hira":
+        return {"peft_type": "HIRA", "r": config.r, "hira_dropout": config.dropout}
+    variant = {"use_rslora": config.method == "rslora", "use_dora": config.method == "dora"}
+    rank = {"r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none"}
+    return {"peft_type": "LORA", **rank, **variant}
+
+
+def _saved_name(live: str) -> str:
+    """PEFT saves a tensor without its adapter's name, and DoRA's magnitudes as older versions named them."""
+    if live.startswith("lora_magnitude_vector."):
+        return "lora_magnitude_vector"
+    return live.replace(".default", "")
 
 
 def vllm_rank(rank: int) -> int | None:
@@ -92,7 +137,7 @@ def vllm_advice(rank: int) -> str:
     return f"serve it with vLLM: --enable-lora --max-lora-rank {enough}"
 
 
-def _peft_targets(config: AdapterConfig, modules: list[str]) -> list[str] | str:
+def _peft_targets(config: AdapterConfig | BaselineConfig, modules: list[str]) -> list[str] | str:
     # A layer range has no exact counterpart in PEFT, full names do; suffixes and patterns mean the same to both.
     if config.layer_range is not None:
         return modules

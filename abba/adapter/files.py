@@ -7,7 +7,7 @@ README.md                  a model card
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from abba.adapter import export
+from abba.adapter.baseline import load_baseline
 from abba.adapter.card import model_card
-from abba.adapter.config import AdapterConfig
+from abba.adapter.config import AdapterConfig, BaselineConfig, FullConfig
 from abba.adapter.directory import (
     ABBA_CONFIG,
     ADAPTER_FORMATS,
@@ -46,14 +47,14 @@ class AdapterSummary:
 
     tensors: int
     bytes: int
-    changes_nothing: bool  # every B2, and so delta W, is exactly zero
+    changes_nothing: bool  # every B2 (of LoRA B, and so on), and so delta W, is exactly zero
     kept_energy: KeptEnergy | None = None  # of a truncated LoRA
 
 
 def write_adapter(
     directory: Path,
     description: AdapterDescription,
-    load: Callable[[str], Factors],
+    load: Callable[[str], Sequence[Tensor]],
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
     scores: Mapping[str, Any] | None = None,
@@ -61,7 +62,7 @@ def write_adapter(
     """Write a standalone adapter, one module in memory at a time, re-open and check it, then give it its name.
 
     Args:
-        load: the factors of a module by its name; called once for each.
+        load: the factors of a module by its name, in the order of its configuration's; called once for each.
         overwrite: replace a directory that stands there already.
         scores: for the card.
 
@@ -133,7 +134,7 @@ def verify_adapter(directory: Path) -> AdapterSummary:
                 raise CheckpointError(f"{path}: {key} is {tuple(tensor.shape)}, its module needs {shape}")
             if not tensor.isfinite().all():
                 raise CheckpointError(f"{path}: {key} holds NaN or infinity; the training that made it diverged")
-            if key.endswith((export.LOHA_KEYS["B2"], "lora_B.weight")):
+            if key.endswith(export.zero_at_start(description)):
                 zero = zero and not tensor.any()
     return AdapterSummary(len(expected), path.stat().st_size, zero)
 
@@ -145,6 +146,14 @@ def read_factors(directory: Path) -> tuple[AdapterDescription, dict[str, Factors
         CheckpointError: damaged, or in LoRA or merged form, from which the factors cannot be told.
     """
     description = read_description(directory)
+    return description, _factors(directory, description)
+
+
+def _factors(directory: Path, description: AdapterDescription) -> dict[str, Factors]:
+    if isinstance(description.config, BaselineConfig):
+        raise CheckpointError(f"{directory}: is a {description.config.method} adapter and no ABBA adapter")
+    if isinstance(description.config, FullConfig):
+        raise CheckpointError(f"{directory}: is a whole model and no adapter; give it as the model")
     if description.format != "loha":
         raise CheckpointError(
             f"{directory}: is in {description.format} form, which no longer holds the four factors; "
@@ -153,7 +162,7 @@ def read_factors(directory: Path) -> tuple[AdapterDescription, dict[str, Factors
     verify_adapter(directory)
     with opened(directory / WEIGHTS) as file:
         read = {key: file.get_tensor(key) for key in _shapes(description)}
-    return description, {name: export.factors_from_loha(read, name, description.config) for name in description.modules}
+    return {name: export.factors_from_loha(read, name, description.config) for name in description.modules}
 
 
 def describe(model: nn.Module, config: AdapterConfig, format: str, base_model: str | None) -> AdapterDescription:
@@ -183,7 +192,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> AdapterDescr
     Raises:
         CheckpointError: damaged, or its modules are not those of the model.
     """
-    description, factors = read_factors(Path(directory))
+    description = read_description(Path(directory))
+    if isinstance(description.config, BaselineConfig):
+        verify_adapter(Path(directory))
+        load_baseline(model, Path(directory))
+        return description
+    factors = _factors(Path(directory), description)
     present = abba_modules(model)
     if not present:
         inject(model, description.config, factors=factors)
@@ -205,7 +219,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> AdapterDescr
     return description
 
 
-def _shapes(description: AdapterDescription) -> dict[str, tuple[int, int]]:
+def _shapes(description: AdapterDescription) -> dict[str, tuple[int, ...]]:
     return {
         key: shape for name in description.modules for key, shape in export.tensor_shapes(description, name).items()
     }
@@ -213,7 +227,7 @@ def _shapes(description: AdapterDescription) -> dict[str, tuple[int, int]]:
 
 def _tensors(
     description: AdapterDescription,
-    load: Callable[[str], Factors],
+    load: Callable[[str], Sequence[Tensor]],
     dtype: torch.dtype,
     energies: dict[str, tuple[float, float]],
 ) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def check_ranks(name: str, shape: torch.Size | tuple[int, int], r1: int, r2: int
 
 
 @contextlib.contextmanager
-def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
+def reproducible(device: torch.device, seed: int) -> Iterator[None]:
     """One thread and a private random stream: torch.svd_lowrank is not bit-equal across thread counts."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -53,7 +54,38 @@ def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def factors_from_svd(weight_OI: Tensor, r1: int, r2: int, seed: int) -> Factors:
+def initial_factors(weight_OI: Tensor, r1: int, r2: int, seed: int, init: str = "svd") -> Factors:
+    """The factors that training starts from, in fp32 on the weight's device; delta W = 0.
+
+    svd: see `factors_from_svd`. reference: the same as the published code has it, which takes the SVD without
+    oversampling and with 10 power iterations. kaiming: A1 and B1 drawn as A2 is, whatever the weight.
+
+    Raises:
+        RecipeError: a rank above min(out, in).
+    """
+    if init == "svd":
+        return factors_from_svd(weight_OI, r1, r2, seed)
+    if init == "reference":
+        return factors_from_svd(weight_OI, r1, r2, seed, oversampling=0, power_iterations=10)
+    out_features, in_features = weight_OI.shape
+    check_ranks("a module", weight_OI.shape, r1, r2)
+    empty = partial(torch.empty, device=weight_OI.device)
+    with reproducible(weight_OI.device, seed):
+        a1_RI, b1_OR, a2_QI = (
+            _kaiming(empty(shape)) for shape in ((r1, in_features), (out_features, r1), (r2, in_features))
+        )
+    return Factors(a1_RI, b1_OR, a2_QI, torch.zeros(out_features, r2, device=weight_OI.device))
+
+
+@torch.no_grad()
+def factors_from_svd(
+    weight_OI: Tensor,
+    r1: int,
+    r2: int,
+    seed: int,
+    oversampling: int = OVERSAMPLING,
+    power_iterations: int = POWER_ITERATIONS,
+) -> Factors:
     """Initial factors of a frozen weight (out, in), in fp32 on the weight's device.
 
     B1 = U sqrt(S), A1 = sqrt(S) V^T from the rank-r1 truncated SVD; B2 = 0; A2 Kaiming-uniform with a = 0, that is
@@ -64,15 +96,20 @@ def factors_from_svd(weight_OI: Tensor, r1: int, r2: int, seed: int) -> Factors:
     """
     out_features, in_features = weight_OI.shape
     check_ranks("a module", weight_OI.shape, r1, r2)
-    with _reproducible(weight_OI.device, seed):
-        oversampled = min(r1 + OVERSAMPLING, out_features, in_features)
-        u_OK, s_K, v_IK = torch.svd_lowrank(weight_OI.float(), q=oversampled, niter=POWER_ITERATIONS)
+    with reproducible(weight_OI.device, seed):
+        oversampled = min(r1 + oversampling, out_features, in_features)
+        u_OK, s_K, v_IK = torch.svd_lowrank(weight_OI.float(), q=oversampled, niter=power_iterations)
         root_R = s_K[:r1].sqrt()
-        bound = (6 / in_features) ** 0.5
-        a2_QI = torch.empty(r2, in_features, device=weight_OI.device).uniform_(-bound, bound)
+        a2_QI = _kaiming(torch.empty(r2, in_features, device=weight_OI.device))
     return Factors(
         A1=(v_IK[:, :r1] * root_R).T.contiguous(),
         B1=(u_OK[:, :r1] * root_R).contiguous(),
         A2=a2_QI,
         B2=torch.zeros(out_features, r2, device=weight_OI.device),
     )
+
+
+def _kaiming(factor: Tensor) -> Tensor:
+    """Filled with U(-b, b), b = sqrt(6 / columns)."""
+    bound = (6 / factor.shape[1]) ** 0.5
+    return factor.uniform_(-bound, bound)

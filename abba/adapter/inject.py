@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from abba.adapter.config import AdapterConfig
-from abba.adapter.initialize import Factors, check_ranks, factors_from_svd, seed_for
+from abba.adapter.config import AdapterConfig, BaselineConfig
+from abba.adapter.initialize import Factors, check_ranks, initial_factors, seed_for
 from abba.adapter.linear import AbbaLinear
 from abba.errors import CheckpointError, RecipeError
 
@@ -26,7 +26,7 @@ class InjectionReport:
         return tuple(self.shapes)
 
 
-def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Linear]:
+def find_targets(model: nn.Module, config: AdapterConfig | BaselineConfig) -> dict[str, nn.Linear]:
     """The linear layers that `config` names, by module name, in the model's order.
 
     Raises:
@@ -46,12 +46,15 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Linear
             raise RecipeError(f"adapter: {name} has an ABBA adapter already; inject into a fresh base model")
         if not isinstance(module, nn.Linear):
             raise RecipeError(f"adapter.target_modules: {name} is a {type(module).__name__}, not a linear layer")
-        check_ranks(name, (module.out_features, module.in_features), config.r1, config.r2)
+        if isinstance(config, AdapterConfig):  # an SVD has no more; LoRA may waste what it likes
+            check_ranks(name, (module.out_features, module.in_features), config.r1, config.r2)
         targets[name] = module
     return targets
 
 
-def choose_names(modules: Sequence[str], linears: Sequence[str], head: str | None, config: AdapterConfig) -> list[str]:
+def choose_names(
+    modules: Sequence[str], linears: Sequence[str], head: str | None, config: AdapterConfig | BaselineConfig
+) -> list[str]:
     """The names among `modules` that `config` means, in their order; `linears` and `head` are among them.
 
     Raises:
@@ -96,9 +99,14 @@ def inject(
         if factors is not None:
             given = factors[name]
         else:
-            given = factors_from_svd(linear.weight, config.r1, config.r2, seed_for(name, seed))
+            given = initial_factors(linear.weight, config.r1, config.r2, seed_for(name, seed), config.init)
         check_factors(name, given, linear, config)
         AbbaLinear.adopt(linear, given, config)
+    return counted(model, targets)
+
+
+def counted(model: nn.Module, targets: Mapping[str, nn.Linear]) -> InjectionReport:
+    """The report on a model whose `targets` were adapted."""
     trainable = sum(_full_size(p) for p in model.parameters() if p.requires_grad)
     frozen = sum(_full_size(p) for p in model.parameters() if not p.requires_grad)
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in targets.items()}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from abba.adapter.config import AdapterConfig
 from abba.adapter.functional import AbbaLinearFunction, delta_weight
-from abba.adapter.initialize import Factors, factors_from_svd, seed_for
+from abba.adapter.initialize import Factors, initial_factors, seed_for
 from abba.errors import RecipeError
 
 
@@ -42,7 +42,7 @@ class AbbaLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._own(factors_from_svd(self.weight, config.r1, config.r2, seed_for("", seed)), config)
+        self._own(initial_factors(self.weight, config.r1, config.r2, seed_for("", seed), config.init), config)
 
     @classmethod
     def adopt(cls, linear: nn.Linear, factors: Factors, config: AdapterConfig) -> "AbbaLinear":
@@ -105,12 +105,15 @@ def abba_modules(model: nn.Module) -> dict[str, AbbaLinear]:
 
 @contextlib.contextmanager
 def bypass(model: nn.Module) -> Iterator[None]:
-    """Within it the model computes as if it had no adapter."""
-    modules = abba_modules(model).values()
-    for module in modules:
-        module.bypassed = True
+    """Within it the model computes as if it had no adapter, ours or PEFT's."""
+    # PEFT's own switch, enable_adapters, changes what requires a gradient too.
+    switches = {True: "bypassed", False: "_disable_adapters"}
+    found = [(module, switches[isinstance(module, AbbaLinear)]) for module in model.modules()]
+    found = [(module, switch) for module, switch in found if hasattr(module, switch)]
+    for module, switch in found:
+        setattr(module, switch, True)
     try:
         yield
     finally:
-        for module in modules:
-            module.bypassed = False
+        for module, switch in found:
+            setattr(module, switch, False)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
-from abba.adapter.directory import MERGED, AdapterDescription, refuse_occupied
+from abba.adapter.config import AdapterConfig, MethodConfig
+from abba.adapter.directory import FULL, MERGED, AdapterDescription, forms_of, refuse_occupied
 from abba.adapter.files import AdapterSummary, write_adapter
+from abba.adapter.full import write_full
 from abba.adapter.merge import write_merged
 from abba.checkpoint.source import CHECKPOINTS, FactorSource, open_checkpoint
 from abba.errors import CheckpointError, RecipeError
@@ -19,24 +21,20 @@ from abba.errors import CheckpointError, RecipeError
 class Form:
     """What to make of the factors.
 
-    format: loha, lora or merged.
+    format: one of the method's forms; None: the one that a run leaves. ABBA has loha, lora and merged, others one.
     rank: with lora: truncate to it; None keeps r1*r2, which is exact.
     dtype: of what is stored. None: fp32, and in a merged model what each of the base's tensors is stored as.
-    base: with merged: the base's directory.
+    base: of a whole model (merged, full): the base's directory.
     """
 
-    format: str = "loha"
+    format: str | None = None
     rank: int | None = None
     dtype: torch.dtype | None = None
     base: Path | None = None
 
 
 def convert(
-    checkpoint: Path,
-    destination: Path,
-    format: str = "loha",
-    dtype: torch.dtype = torch.float32,
-    overwrite: bool = False,
+    checkpoint: Path, destination: Path, form: Form = Form(), overwrite: bool = False
 ) -> tuple[AdapterDescription, AdapterSummary]:
     """Write the fp32 masters of a verified checkpoint as a standalone adapter, and re-open it.
 
@@ -44,7 +42,7 @@ def convert(
         CheckpointError: the checkpoint's files disagree, or `destination` cannot be used; nothing is written then.
     """
     with open_checkpoint(checkpoint) as source:
-        return convert_source(source, destination, Form(format, dtype=dtype), overwrite)
+        return convert_source(source, destination, form, overwrite)
 
 
 def convert_source(
@@ -62,19 +60,43 @@ def convert_source(
     if form.base is not None:
         refuse_overlap(destination, form.base, "the base")
     refuse_occupied(destination, overwrite)
+    _refuse_form(source.config, form)
     description = AdapterDescription(
-        source.config, form.format, source.modules, source.base_model, form.rank, provenance=source.provenance
+        source.config,
+        form.format or source.config.default_format,
+        source.modules,
+        source.base_model,
+        form.rank,
+        provenance=source.provenance,
     )
-    highest = source.config.r1 * source.config.r2
-    if form.rank is not None and not 1 <= form.rank <= highest:
-        raise RecipeError(f"--rank {form.rank}: is not between 1 and r1*r2 = {highest}, the rank of the adapter")
     scores = source.scores()
     if form.format == MERGED:
         summary = write_merged(destination, form.base, description, source.factors, form.dtype, overwrite, scores)
+    elif description.format == FULL:
+        trained = (source.tensors, source.read)
+        summary = write_full(destination, form.base, description, *trained, form.dtype, overwrite, scores)
     else:
         dtype = form.dtype or torch.float32
         summary = write_adapter(destination, description, source.factors, dtype, overwrite, scores)
     return description, summary
+
+
+def _refuse_form(config: MethodConfig, form: Form) -> None:
+    forms = forms_of(config)
+    if form.format is not None and form.format not in forms:
+        raise RecipeError(
+            f"--format {form.format}: is no form of {config.method}, which has {' and '.join(forms)}; leave it out"
+        )
+    if form.base is None and (form.format or config.default_format) in (MERGED, FULL):
+        raise RecipeError(f"--base: is needed for a whole model, {config.method}; give the one that was trained")
+    if form.rank is None:
+        return
+    if not isinstance(config, AdapterConfig):
+        raise RecipeError(f"--rank {form.rank}: truncates ABBA alone, and this is {config.method}; leave it out")
+    if not 1 <= form.rank <= config.lora_rank:
+        raise RecipeError(
+            f"--rank {form.rank}: is not between 1 and r1*r2 = {config.lora_rank}, the rank of the adapter"
+        )
 
 
 def refuse_overlap(destination: Path, other: Path, what: str) -> None:

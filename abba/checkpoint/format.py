@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abba.adapter.config import AdapterConfig
+from abba.adapter.config import FullConfig, MethodConfig, config_from, factors_of
 from abba.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -157,7 +157,7 @@ class CheckpointState:
     world_size: int
     seed: int
     base_model: str
-    adapter: AdapterConfig
+    adapter: MethodConfig
     modules: dict[str, tuple[int, int]]  # name -> (out, in)
     tensors: dict[str, tuple[int, ...]]  # trainable tensor -> full shape
     fingerprint: dict[str, Any]  # what must not change when the run goes on
@@ -174,7 +174,7 @@ def read_state(directory: Path) -> CheckpointState:
             raise ValueError(f"only version {FORMAT_VERSION} can be read")
         raw["modules"] = {name: tuple(shape) for name, shape in raw["modules"].items()}
         raw["tensors"] = {name: tuple(shape) for name, shape in raw["tensors"].items()}
-        raw["adapter"] = AdapterConfig(**raw["adapter"])
+        raw["adapter"] = config_from(raw["adapter"])
         state = CheckpointState(**raw)
         _check_state(state)
         return state
@@ -184,16 +184,16 @@ def read_state(directory: Path) -> CheckpointState:
 
 def _check_state(state: CheckpointState) -> None:
     """Hashes only prove that files are those of the manifest; whoever can write one can write both."""
-    numbers = [state.step, state.world_size, *(n for shape in state.modules.values() for n in shape)]
+    shapes = [*state.modules.values(), *state.tensors.values()]
+    numbers = [state.step, state.world_size, *(n for shape in shapes for n in shape)]
     if any(type(n) is not int or not 0 <= n < 2**40 for n in numbers) or state.world_size < 1:
-        raise ValueError("step, world_size or a module's size is no such number")
+        raise ValueError("step, world_size, a module's size or a tensor's is no such number")
     if not isinstance(state.base_model, str):
         raise ValueError("base_model is no text")
-    r1, r2, expected = state.adapter.r1, state.adapter.r2, {}
-    for name, (out, into) in state.modules.items():
-        shapes = {"A1": (r1, into), "B1": (out, r1), "A2": (r2, into), "B2": (out, r2)}
-        expected |= {f"{name}.{factor}": shape for factor, shape in shapes.items()}
-    if state.tensors != expected or not expected:
+    if isinstance(state.adapter, FullConfig):
+        if state.modules or not state.tensors:
+            raise ValueError("its tensors are not those of a whole model")
+    elif state.tensors != factors_of(state.adapter, state.modules) or not state.tensors:
         raise ValueError("its tensors are not the factors of its modules")
 
 

@@ -1,6 +1,6 @@
 """Where the factors of an adapter come from: our checkpoints or DeepSpeed's own, read the same way."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from abba.adapter.config import AdapterConfig
+from abba.adapter.config import AdapterConfig, MethodConfig
 from abba.adapter.initialize import Factors
 from abba.checkpoint.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed_checkpoint
 from abba.checkpoint.format import KINDS, MANIFEST, ShardReader, newest_valid, read_state, verify
@@ -27,16 +27,19 @@ class FactorSource:
     """
 
     directory: Path
-    config: AdapterConfig
+    config: MethodConfig
     modules: dict[str, tuple[int, int]]  # name -> (out, in)
     base_model: str | None
     provenance: dict[str, Any]
     read: Callable[[str], Tensor]  # a full fp32 tensor by its name
+    tensors: Mapping[str, tuple[int, ...]]  # every trained tensor by its name
 
-    def factors(self, module: str) -> Factors:
-        return Factors(*(self.read(f"{module}.{factor}") for factor in Factors._fields))
+    def factors(self, module: str) -> Sequence[Tensor]:
+        """Of an adapter; ABBA's are Factors."""
+        read = (self.read(f"{module}.{factor}") for factor in self.config.factor_shapes(*self.modules[module]))
+        return Factors(*read) if isinstance(self.config, AdapterConfig) else tuple(read)
 
-    def all_factors(self) -> dict[str, Factors]:
+    def all_factors(self) -> dict[str, Sequence[Tensor]]:
         return {module: self.factors(module) for module in self.modules}
 
     @property
@@ -126,7 +129,7 @@ def open_checkpoint(directory: Path) -> Iterator[FactorSource]:
     provenance = {key: getattr(state, key) for key in ("step", "world_size", "recipe", "fingerprint")}
     with ShardReader(directory, state) as reader:
         read = partial(reader.read, KINDS[0])
-        yield FactorSource(directory, state.adapter, state.modules, state.base_model, provenance, read)
+        yield FactorSource(directory, state.adapter, state.modules, state.base_model, provenance, read, state.tensors)
 
 
 @contextmanager
@@ -142,7 +145,9 @@ def open_deepspeed(directory: Path, alpha: float, base_model: str | None) -> Ite
                 )
         config = AdapterConfig(r1, r2, alpha, tuple(modules))
         provenance = {"step": checkpoint.step, "world_size": checkpoint.world_size}
-        yield FactorSource(checkpoint.directory, config, modules, base_model, provenance, checkpoint.read)
+        yield FactorSource(
+            checkpoint.directory, config, modules, base_model, provenance, checkpoint.read, checkpoint.tensors
+        )
 
 
 def adapter_of(shapes: Mapping[str, tuple[int, ...]], directory: Path) -> tuple[int, int, dict[str, tuple[int, int]]]:

@@ -93,15 +93,17 @@ def require_engine(engine: str, rank: int | None, dtype: torch.dtype) -> None:
 
 
 def why_not_vllm(rank: int | None, dtype: torch.dtype) -> str | None:
-    """Why vLLM does not serve an adapter of LoRA rank `rank` here, or None."""
+    """Why vLLM does not serve an adapter of LoRA rank `rank` (0: it has no LoRA form) here, or None."""
     if importlib.util.find_spec("vllm") is None:
         return "vllm is not installed"
     try:
         vllm_version()
     except RecipeError as error:
         return error.reason
+    if rank == 0:
+        return "vLLM serves LoRA, and the adapter is of another method that has no LoRA form"
     if rank is not None and vllm_rank(rank) is None:
-        return f"the adapter's LoRA rank r1*r2 = {rank} is above vLLM's 512"
+        return f"the adapter's LoRA rank (for ABBA r1*r2) = {rank} is above vLLM's 512"
     if rank is not None and dtype != torch.bfloat16:
         return f"vLLM serves adapters in bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
@@ -135,7 +137,7 @@ def _measure(
     weights, sides, native, lora = pieces.total(), 0, 0, 0
     if description is not None:
         sides = sum(out + into for out, into in description.modules.values()) * dtype.itemsize
-        native = (description.config.r1 + description.config.r2) * sides
+        native = description.config.width * sides
         lora = (vllm_rank(description.lora_rank) or 0) * sides  # of which vLLM splits a half at most
     demands = {
         "transformers": Demand(weights, kv_cache, native, replicated=max(pieces.values())),

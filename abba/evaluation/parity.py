@@ -1,13 +1,14 @@
 """Does what was exported compute what the native layers compute? Asked of logits, in fp32."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from abba.adapter.config import AdapterConfig
+from abba.adapter.baseline import attach
+from abba.adapter.config import AdapterConfig, BaselineConfig
 from abba.adapter.directory import read_description
 from abba.adapter.initialize import Factors
 from abba.adapter.inject import inject
@@ -16,11 +17,11 @@ from abba.errors import CheckpointError, first_line
 
 
 @torch.inference_mode()
-def peft_difference(base: Path, adapter: Path, factors: Mapping[str, Factors]) -> tuple[float, float]:
+def peft_difference(base: Path, adapter: Path, factors: Mapping[str, Sequence[Tensor]]) -> tuple[float, float]:
     """(largest absolute difference, largest absolute logit) between stock PEFT and the native layers.
 
     Args:
-        factors: the fp32 factors that the adapter was made from.
+        factors: the fp32 factors that the adapter was made from; of a baseline, what PEFT's layers trained.
 
     Raises:
         CheckpointError: peft is not installed, or finds tensors missing.
@@ -49,9 +50,14 @@ def merged_difference(base: Path, merged: Path, factors: Mapping[str, Factors]) 
     return _difference(load_whole(merged, torch.float32, "eager")(_tokens(base)).logits, expected)
 
 
-def _native_logits(base: Path, config: AdapterConfig, factors: Mapping[str, Factors]) -> Tensor:
+def _native_logits(
+    base: Path, config: AdapterConfig | BaselineConfig, factors: Mapping[str, Sequence[Tensor]]
+) -> Tensor:
     model = load_whole(base, torch.float32, "eager")
-    inject(model, config, factors=factors)
+    if isinstance(config, BaselineConfig):
+        attach(model, config, factors)
+    else:
+        inject(model, config, factors=factors)
     return model(_tokens(base)).logits
 
 

@@ -1,4 +1,4 @@
-"""What is scored: a bare base, or a base with an adapter, which may still be a checkpoint or a run."""
+"""What is scored: a bare model, or a base with an adapter, which may still be a checkpoint or a run."""
 
 import hashlib
 import tempfile
@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abba.adapter.directory import ABBA_CONFIG, PEFT_CONFIG, WEIGHTS, AdapterDescription, read_description
+from abba.adapter.config import FullConfig
+from abba.adapter.directory import (
+    ABBA_CONFIG,
+    ADAPTER_FORMATS,
+    PEFT_CONFIG,
+    WEIGHTS,
+    AdapterDescription,
+    read_description,
+)
 from abba.base_files import BaseFiles
 from abba.base_model import find_base
 from abba.checkpoint.convert import convert
-from abba.checkpoint.format import MANIFEST, list_checkpoints
+from abba.checkpoint.format import MANIFEST, list_checkpoints, read_state
 from abba.checkpoint.source import CHECKPOINTS, find_checkpoint
 from abba.errors import CheckpointError, RecipeError
 from abba.storage import hash_file
@@ -32,8 +40,8 @@ class Subject:
 
     @property
     def step(self) -> int | None:
-        """The optimizer step that the adapter was converted from, so that its score is not taken for another's."""
-        return (read_description(self.adapter).provenance or {}).get("step") if self.adapter is not None else None
+        """The optimizer step that adapter or model is of, so that its score is not taken for another's."""
+        return _provenance(self.adapter or self.base).get("step")
 
     def contents(self) -> dict[str, Any]:
         """What tells base and adapter from others, wherever they lie."""
@@ -58,17 +66,19 @@ def opened(
     Args:
         model: the base; None: the one that the adapter was trained on.
         given: an adapter directory, a checkpoint, a run (its newest valid checkpoint), or None.
-        prompt: None: the adapter's own.
+        prompt: None: the adapter's own, or that of a model that was trained whole.
         any_base: do not ask whether the adapter was trained on this base.
 
     Raises:
         RecipeError: no base is known, or another prompt than that of the training is wanted.
-        CheckpointError: `given` is none of these or cannot be read, or was trained on another base.
+        CheckpointError: `given` is none of these, is a whole model, cannot be read, or was trained on another base.
     """
     if given is None:
         if model is None:
             raise RecipeError("--model: is missing; give the base, or --adapter with a run that knows its own")
-        yield Subject(find_base(model, revision, "--model"), None, prompt or DEFAULT_PROMPT)
+        base = find_base(model, revision, "--model")
+        prompt = _checked_prompt(prompt, base) if (base / ABBA_CONFIG).is_file() else prompt
+        yield Subject(base, None, prompt or DEFAULT_PROMPT)
         return
     with tempfile.TemporaryDirectory(prefix="abba-adapter-") as scratch:
         try:
@@ -76,6 +86,8 @@ def opened(
         except OSError as error:
             raise CheckpointError(f"{given}: cannot be read: {error.strerror}; change its permissions") from error
         description = read_description(adapter)
+        if description.format not in ADAPTER_FORMATS:
+            raise CheckpointError(f"{given}: is a whole model and no adapter; score it with --model {given}")
         recipe = (description.provenance or {}).get("recipe") or {}
         if model is None:
             model, revision = description.base_model, revision or recipe.get("model", {}).get("revision")
@@ -84,16 +96,26 @@ def opened(
         base = find_base(model, revision, "--model")
         if not any_base:
             _refuse_other_base(given, description, base)
-        trained_with = trained_prompt(adapter)
-        if prompt not in (None, trained_with):
-            raise RecipeError(f"--prompt {prompt}: {given} was trained with the prompt {trained_with}; leave it out")
-        yield Subject(base, adapter, trained_with, given)
+        yield Subject(base, adapter, _checked_prompt(prompt, adapter, given), given)
 
 
-def trained_prompt(adapter: Path | None) -> str:
-    """The prompt of an adapter's training; the default without an adapter, or where it does not say."""
-    recipe = (read_description(adapter).provenance or {}).get("recipe") if adapter is not None else None
+def trained_prompt(trained: Path | None) -> str:
+    """The prompt of the training of an adapter or a model; the default without one, or where it does not say."""
+    recipe = _provenance(trained).get("recipe") if trained is not None else None
     return ((recipe or {}).get("data") or {}).get("prompt", DEFAULT_PROMPT)
+
+
+def _provenance(trained: Path) -> dict[str, Any]:
+    """What made an adapter or a model; nothing of a base that is not ours."""
+    return (read_description(trained).provenance or {}) if (trained / ABBA_CONFIG).is_file() else {}
+
+
+def _checked_prompt(wanted: str | None, trained: Path, given: Path | None = None) -> str:
+    trained_with = trained_prompt(trained)
+    if wanted not in (None, trained_with):
+        named = given or trained
+        raise RecipeError(f"--prompt {wanted}: {named} was trained with the prompt {trained_with}; leave it out")
+    return trained_with
 
 
 def _standalone(given: Path, destination: Path, say: Callable[[str], None]) -> Path:
@@ -111,6 +133,11 @@ def _standalone(given: Path, destination: Path, say: Callable[[str], None]) -> P
             f"{CHECKPOINTS}/; checkpoints of other programs go through launch/convert.py first"
         )
     checkpoint = find_checkpoint(given, say)
+    if isinstance(read_state(checkpoint).adapter, FullConfig):
+        raise CheckpointError(
+            f"{given}: was trained whole and has no adapter; score the model that a run leaves with --model RUN/model, "
+            "or make it with launch/convert.py"
+        )
     convert(checkpoint, destination)
     say(f"adapter: {checkpoint}, converted for this evaluation")
     return destination

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from abba.adapter.config import AdapterConfig
+from abba.adapter.config import AdapterConfig, BaselineConfig, factors_of
 from abba.adapter.initialize import check_ranks
 from abba.adapter.inject import choose_names
 from abba.errors import RecipeError
@@ -98,7 +98,7 @@ class Architecture:
         if not self.tied:
             yield Parameter(f"{HEAD}.weight", (self.vocab, self.hidden))
 
-    def targets(self, config: AdapterConfig) -> dict[str, tuple[int, int]]:
+    def targets(self, config: AdapterConfig | BaselineConfig) -> dict[str, tuple[int, int]]:
         """(out, in) of each linear that `config` adapts, by module name.
 
         Raises:
@@ -116,7 +116,8 @@ class Architecture:
                 raise RecipeError(f"adapter.target_modules: {name} is not a linear layer")
             if name == HEAD:
                 raise RecipeError(f"adapter.target_modules: {name} is the output head, never adapted; leave it out")
-            check_ranks(name, linears[name], config.r1, config.r2)
+            if isinstance(config, AdapterConfig):
+                check_ranks(name, linears[name], config.r1, config.r2)
         return {name: linears[name] for name in chosen}
 
     def _containers(self) -> Iterator[str]:
@@ -127,13 +128,9 @@ class Architecture:
                 yield f"model.layers.{layer}{part}"
 
 
-def factors(targets: Mapping[str, tuple[int, int]], r1: int, r2: int) -> list[Parameter]:
-    """The four factors of every target."""
-    return [
-        Parameter(f"{name}.{factor}", shape, trains=True)
-        for name, (out, into) in targets.items()
-        for factor, shape in {"A1": (r1, into), "B1": (out, r1), "A2": (r2, into), "B2": (out, r2)}.items()
-    ]
+def factors(targets: Mapping[str, tuple[int, int]], config: AdapterConfig | BaselineConfig) -> list[Parameter]:
+    """The factors of every target."""
+    return [Parameter(name, shape, trains=True) for name, shape in factors_of(config, targets).items()]
 
 
 def architecture_of(config: Mapping[str, Any], source: str) -> Architecture:

@@ -1,5 +1,6 @@
 """The formulas of a plan with its numbers put in, and where the assumed ones come from."""
 
+from abba.adapter.config import AdapterConfig
 from abba.planning import memory, speed
 from abba.planning.memory import GIB
 from abba.planning.plan import Plan
@@ -12,10 +13,10 @@ def explain(plan: Plan) -> str:
 
 def _counts(plan: Plan) -> list[str]:
     job = plan.job
-    r1, r2 = job.adapter.r1, job.adapter.r2
+    ranks = "(r1 + r2)" if isinstance(job.adapter, AdapterConfig) else "r"
     widths = sum(out + into for out, into in job.targets.values())
     return [
-        f"trainable = (r1 + r2) x sum of (out + in) over {len(job.targets)} linears = {r1 + r2} x {widths:,} "
+        f"trainable = {ranks} x sum of (out + in) over {len(job.targets)} linears = {job.adapter.width} x {widths:,} "
         f"= {job.trainable_parameters:,}",
         f"partition of a parameter = ceil(elements / {job.gpus}), each padded on its own",
     ]

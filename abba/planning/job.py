@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from abba.adapter.config import AdapterConfig
+from abba.adapter.config import AdapterConfig, BaselineConfig, FullConfig, MethodConfig
 from abba.errors import RecipeError
 from abba.planning.architecture import Architecture, Parameter, factors
 
@@ -41,7 +41,7 @@ class Job:
     """A recipe as far as it decides memory, traffic and time, on `gpus` ranks."""
 
     architecture: Architecture
-    adapter: AdapterConfig
+    adapter: AdapterConfig | BaselineConfig  # of those that have a LoRA form; see `refuse_unplanned`
     gpus: int
     global_batch: int
     micro_batch: int
@@ -100,8 +100,8 @@ class Job:
 
     @property
     def rank(self) -> int:
-        """Of an update: columns of its Khatri-Rao factors."""
-        return self.adapter.r1 * self.adapter.r2
+        """Of an update: columns of its Khatri-Rao factors, or of LoRA's."""
+        return self.adapter.lora_rank
 
     @property
     def adapted(self) -> int:
@@ -118,7 +118,7 @@ class Job:
 
     @cached_property
     def factors(self) -> list[Parameter]:
-        return factors(self.targets, self.adapter.r1, self.adapter.r2)
+        return factors(self.targets, self.adapter)
 
     @property
     def replicated(self) -> list[int]:
@@ -144,3 +144,19 @@ class Job:
     def gathered(self, *numels: int) -> int:
         """Elements of these parameters gathered whole, with their padding."""
         return sum(self.part(numel) for numel in numels) * self.gpus
+
+
+def refuse_unplanned(config: MethodConfig, architecture: Architecture) -> None:
+    """Raises RecipeError for a method whose memory is not that of two thin factors beside a frozen weight."""
+    if isinstance(config, FullConfig):
+        total = sum(parameter.numel for parameter in architecture.base())
+        raise RecipeError(
+            f"adapter.method: full trains all {total:,} parameters, whose gradients, masters and moments are not "
+            "counted here; plan another method, and add 16 bytes for each of them, shared by all GPUs"
+        )
+    if not config.lora_rank:
+        trained = sum(parameter.numel for parameter in factors(architecture.targets(config), config))
+        raise RecipeError(
+            f"adapter.method: {config.method} trains {trained:,} parameters and forms whole weights in every layer, "
+            "whose memory is not counted here; plan lora of the same r, and leave room for them"
+        )

@@ -4,6 +4,7 @@ The first group (base to reduce bucket) is what ZeRO-3 allocates, and exact. Act
 saves for each operation of the model's code; the margin is an assumption. Every token counts as supervised.
 """
 
+from abba.adapter.config import AdapterConfig
 from abba.planning.job import Job
 
 GIB = 2**30
@@ -166,10 +167,11 @@ def host_parts(job: Job, gpus_per_node: int) -> dict[str, int]:
 
 def disk_parts(job: Job) -> dict[str, int]:
     """Disk: the base as downloaded, and what a run leaves. One checkpoint more than is kept exists during a save."""
-    r1, r2 = job.adapter.r1, job.adapter.r2
-    padded = job.trainable_parameters * 2 * max(r1, r2) // (r1 + r2)  # PEFT's LoHa has one rank
+    stored = job.trainable_parameters
+    if isinstance(job.adapter, AdapterConfig):  # PEFT's LoHa has one rank
+        stored = stored * 2 * max(job.adapter.r1, job.adapter.r2) // job.adapter.width
     return {
         "base": job.base_parameters * DOWNLOAD_ELEMENT_BYTES,
         "checkpoints": (job.kept_checkpoints + 1) * job.trainable_parameters * MASTER_AND_MOMENTS,
-        "adapter": padded * FP32,
+        "adapter": stored * FP32,
     }

@@ -98,6 +98,7 @@ def start_engine(
             them; they are set here from the unrounded values, and the bf16 copies from them.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    added = {id(parameter) for parameter in trainable if not hasattr(parameter, "ds_id")}  # to the partitioned base
     fused = {"fused": True} if next(model.parameters()).device.type == "cuda" else {}
     optimizer = torch.optim.AdamW(trainable, **adam, **fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepcopy(dict(config)))
@@ -106,7 +107,7 @@ def start_engine(
     for name, parameter in trainable_parameters(engine):
         for kind in (MASTER, *MOMENTS) if step else (MASTER,):
             _set_local(parameter, kind, read(kind, name, *_bounds(parameter)))
-    _replicate(engine)
+    _replicate(engine, added)
     return engine
 
 
@@ -171,15 +172,15 @@ def _set_local(parameter: nn.Parameter, kind: str, values: Tensor) -> None:
         safe_set_local_optimizer_state(parameter, local, kind)
 
 
-def _replicate(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Keep factors and 1-D tensors whole on every rank.
+def _replicate(engine: deepspeed.DeepSpeedEngine, added: set[int]) -> None:
+    """Keep what was `added` to the base (factors) and 1-D tensors whole on every rank.
 
     DeepSpeed persists by size alone. At 70B a factor has up to 458,752 elements, so its default threshold of 1e5 keeps
     1.3% of them, and a threshold large enough for all might keep small base matrices too; hence by name.
     """
     persistent = engine.optimizer.parameter_offload.persistent_parameters
     for parameter in engine.module.parameters():
-        if parameter.requires_grad or len(parameter.ds_shape) == 1:
+        if id(parameter) in added or len(parameter.ds_shape) == 1:
             parameter.ds_persist = True
             persistent.append(parameter)
     persistent[0].all_gather(persistent)

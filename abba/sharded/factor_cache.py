@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from abba.adapter.config import AdapterConfig
 from abba.adapter.initialize import OVERSAMPLING, POWER_ITERATIONS, Factors
 from abba.checkpoint.slices import slice_bounds
 from abba.errors import CheckpointError
@@ -22,7 +23,7 @@ from abba.prepared import content_digest, write_prepared
 from abba.sharded.ranks import Ranks
 from abba.storage import SafetensorsFile, free_bytes, in_gb, is_there
 
-FORMAT_VERSION = 1  # another one when factors_from_svd computes other bits from the same
+FORMAT_VERSION = 1  # another one when initial_factors computes other bits from the same
 KEPT = ("A1", "B1", "A2")  # B2 is 0
 WORD, CHUNK = 8, 1 << 18  # bytes that are summed as one number; numbers that are summed at once
 
@@ -84,14 +85,14 @@ class FactorFile:
 
 
 def factor_file(
-    directory: Path, targets: Mapping[str, nn.Linear], r1: int, r2: int, seed: int, ranks: Ranks
+    directory: Path, targets: Mapping[str, nn.Linear], config: AdapterConfig, seed: int, ranks: Ranks
 ) -> FactorFile:
     """The file in `directory` for these sharded weights, named by what its factors are made from. Collective."""
     weights = [linear.weight for linear in targets.values()]
     sums = torch.stack([place_sums(w.ds_tensor, w.ds_numel, ranks.rank, ranks.world_size) for w in weights])
     sums = sums.to(weights[0].device)
     dist.all_reduce(sums)
-    modules, shapes = [], {}
+    r1, r2, modules, shapes = config.r1, config.r2, [], {}
     for (name, linear), of_weight in zip(targets.items(), sums.tolist(), strict=True):
         out, into = linear.out_features, linear.in_features
         modules.append([name, out, into, *(f"{number % 2**64:016x}" for number in of_weight)])
@@ -99,7 +100,7 @@ def factor_file(
     parts = {
         "version": [FORMAT_VERSION, torch.__version__, _kind(weights[0].device)],
         "svd": {"oversampling": OVERSAMPLING, "power_iterations": POWER_ITERATIONS},
-        "factors": {"r1": r1, "r2": r2, "seed": seed},
+        "factors": {"r1": r1, "r2": r2, "seed": seed, "init": config.init},
         "dtype": str(weights[0].ds_tensor.dtype),
         "modules": modules,
     }

@@ -11,7 +11,7 @@ from torch import nn
 
 from abba.adapter.config import AdapterConfig
 from abba.adapter.files import read_factors
-from abba.adapter.initialize import Factors, factors_from_svd, seed_for
+from abba.adapter.initialize import Factors, initial_factors, seed_for
 from abba.errors import CheckpointError, RecipeError
 from abba.sharded.factor_cache import FactorFile, factor_file
 from abba.sharded.ranks import Ranks
@@ -26,10 +26,10 @@ def starting_factors(
     ranks: Ranks,
     say: Callable[[str], None],
 ) -> dict[str, Factors]:
-    """fp32 factors to train from: an SVD of each sharded weight, or a saved adapter. Collective.
+    """fp32 factors to train from: by `initial_factors` of each sharded weight, or a saved adapter. Collective.
 
     Args:
-        cache: the directory where an earlier start may have kept the results of the SVD, or this one will; or None.
+        cache: the directory where an earlier start may have kept what they are, or this one will; or None.
 
     Raises:
         RecipeError: the saved adapter has other ranks, another scale or other modules.
@@ -38,28 +38,29 @@ def starting_factors(
     if init_from is not None:
         return _of_adapter(Path(init_from), targets, config, say)
     started = time.monotonic()
-    file = factor_file(cache, targets, config.r1, config.r2, seed, ranks) if cache is not None else None
+    file = factor_file(cache, targets, config, seed, ranks) if cache is not None else None
     factors = _kept(file, targets, config, ranks, say) if file is not None else None
     if factors is not None:
         say(f"factors: read from {file.path} in {time.monotonic() - started:.1f} s")
         return factors
-    factors = factors_of_sharded(targets, config.r1, config.r2, seed, ranks.rank, ranks.world_size)
-    seconds = time.monotonic() - started
+    factors = factors_of_sharded(targets, config.r1, config.r2, seed, ranks.rank, ranks.world_size, config.init)
+    drawn = "drawn" if config.init == "kaiming" else "computed by SVD"
+    made = f"{drawn} in {time.monotonic() - started:.1f} s"
     if file is None:
-        say(f"factors: computed by SVD in {seconds:.1f} s, and not kept, as adapter.cache_factors=false says")
+        say(f"factors: {made}, and not kept, as adapter.cache_factors=false says")
     elif ranks.is_main:
         try:
             file.write(factors)
-            say(f"factors: computed by SVD in {seconds:.1f} s and kept in {file.path}")
+            say(f"factors: {made} and kept in {file.path}")
         except CheckpointError as error:  # the next start computes them again
-            say(f"factors: WARNING: computed by SVD in {seconds:.1f} s and not kept: {error.reason}")
+            say(f"factors: WARNING: {made} and not kept: {error.reason}")
     return factors
 
 
 def _kept(
     file: FactorFile, targets: Mapping[str, nn.Linear], config: AdapterConfig, ranks: Ranks, say: Callable[[str], None]
 ) -> dict[str, Factors] | None:
-    """What an earlier start has kept, if it can be used: nothing is lost with a damaged file, whose SVD is repeated."""
+    """What an earlier start has kept, if it can be used: nothing is lost with a damaged file, which is made again."""
     kept = None
     if ranks.is_main:
         try:
@@ -80,7 +81,7 @@ def _of_adapter(
     directory: Path, targets: Mapping[str, nn.Linear], config: AdapterConfig, say: Callable[[str], None]
 ) -> dict[str, Factors]:
     description, factors = read_factors(directory)
-    for key in ("r1", "r2", "alpha"):
+    for key in ("r1", "r2", "alpha", "scale_rule"):
         saved, wanted = getattr(description.config, key), getattr(config, key)
         if saved != wanted:
             raise RecipeError(f"adapter.{key}: {wanted} is not the {saved} of adapter.init_from={directory}; set it so")
@@ -93,7 +94,7 @@ def _of_adapter(
 
 
 def factors_of_sharded(
-    targets: Mapping[str, nn.Linear], r1: int, r2: int, seed: int, rank: int, world_size: int
+    targets: Mapping[str, nn.Linear], r1: int, r2: int, seed: int, rank: int, world_size: int, init: str = "svd"
 ) -> dict[str, Factors]:
     """fp32 factors of every target, the same on every rank and bit-equal at any world size.
 
@@ -111,7 +112,7 @@ def factors_of_sharded(
                     kept = linear.weight.detach().clone()
         mine = None
         if kept is not None:
-            mine = factors_from_svd(kept, r1, r2, seed_for(group[rank][0], seed))
+            mine = initial_factors(kept, r1, r2, seed_for(group[rank][0], seed), init)
             del kept
         for owner, (name, linear) in enumerate(group):
             factors[name] = _broadcast(mine if rank == owner else None, owner, linear, r1, r2)

@@ -1,11 +1,13 @@
 """A dry run: what would be trained on what, without a GPU, a process group, or a file written."""
 
+import math
 import tempfile
 from pathlib import Path
 
 import torch
 import yaml
 
+from abba.adapter.config import FullConfig, factors_of
 from abba.adapter.inject import find_targets
 from abba.base_model import DTYPES, build_empty, choose_attention, find_base, load_config, load_tokenizer
 from abba.training.data_report import data_report
@@ -31,7 +33,8 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     with torch.device("meta"):
         model = build_empty(base, dtype, attention)
     adapter = recipe.adapter.config()
-    targets = find_targets(model, adapter)
+    full = isinstance(adapter, FullConfig)
+    targets = {} if full else find_targets(model, adapter)
     with tempfile.TemporaryDirectory() as scratch:
         tokens = Path(scratch) / "tokens.safetensors"
         limits = (recipe.data.max_length, recipe.data.max_bad_rows)
@@ -45,10 +48,15 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     print(*data_report(data, plan, steps, packed), sep="\n")
     print(f"global batch {settings.global_batch_size} = {world_size} ranks x {micro} rows x {accumulation} times")
     print("\n# adapter")
-    trainable = sum((m.in_features + m.out_features) * (adapter.r1 + adapter.r2) for m in targets.values())
     total = sum(p.numel() for p in model.parameters())
-    print(f"{len(targets)} modules, r1={adapter.r1} r2={adapter.r2}, update of rank up to {adapter.r1 * adapter.r2}")
-    print(f"{trainable:,} parameters train, {total:,} are frozen (1 to {total / trainable:,.0f})")
+    if full:
+        print(f"none: full fine-tuning, {total:,} parameters train")
+    else:
+        shapes = factors_of(adapter, {name: (m.out_features, m.in_features) for name, m in targets.items()})
+        trainable = sum(map(math.prod, shapes.values()))
+        rank = f", update of rank up to {adapter.lora_rank}" if adapter.lora_rank else ""
+        print(f"{len(targets)} modules, {adapter.summary}{rank}")
+        print(f"{trainable:,} parameters train, {total:,} are frozen (1 to {total / trainable:,.0f})")
 
     row = plan.rows[0]
     ids, prompt = data.input_ids(row).tolist(), data.prompt_length(row)

@@ -5,8 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from abba.checkpoint.convert import convert
-from abba.checkpoint.format import verify
+from abba.adapter.config import FullConfig
+from abba.adapter.export import PEFT_NAMES, why_nothing_changes
+from abba.checkpoint.convert import Form, convert
+from abba.checkpoint.format import read_state, verify
 from abba.training.recipe import Recipe
 from abba.training.run_directory import RunDirectory
 
@@ -18,17 +20,26 @@ def checkpoint_state(
     return {
         "seed": recipe.train.seed,
         "base_model": recipe.model.name_or_path,
-        "adapter": asdict(recipe.adapter.config()),
+        "adapter": asdict(recipe.adapter.config()),  # abba where it names no method
         "modules": modules,
         "fingerprint": fingerprint,
         "recipe": recipe.model_dump(mode="json"),
     }
 
 
-def finish(last: Path, directory: RunDirectory, say: Callable[[str], None]) -> None:
-    """Convert the last checkpoint to the run's adapter, which is re-opened and verified as it is written."""
+def finish(last: Path, directory: RunDirectory, base: Path, say: Callable[[str], None]) -> tuple[Path, Path | None]:
+    """Make the run's result of its last checkpoint, re-opened and verified as it is written.
+
+    Returns:
+        The model and the adapter to score: `base` and what was trained on it, or a model that was trained whole.
+    """
     verify(last)
-    _, summary = convert(last, directory.adapter, overwrite=True)
-    say(f"adapter: {directory.adapter}: {summary.tensors} tensors, {summary.bytes:,} bytes, PEFT LoHa, verified")
+    full = isinstance(read_state(last).adapter, FullConfig)
+    result = directory.model if full else directory.adapter
+    description, summary = convert(last, result, Form(base=base if full else None), overwrite=True)
+    form = "a whole model" if full else f"PEFT {PEFT_NAMES[description.format]}"
+    say(f"{result.name}: {result}: {summary.tensors} tensors, {summary.bytes:,} bytes, {form}, verified")
     if summary.changes_nothing:
-        say("adapter: WARNING: every B2 is zero, so it changes nothing; was the learning rate 0?")
+        why = why_nothing_changes(description)
+        say(f"{result.name}: WARNING: {why}, so it changes nothing; was the learning rate 0?")
+    return (result, None) if full else (base, result)

@@ -68,11 +68,15 @@ def _chunk_loss(
 
 
 class LossHead(nn.Linear):
-    """A frozen lm_head that also gives the loss; a subclass, so that ZeRO-3's hooks gather its weight as ever."""
+    """An lm_head that also gives the loss; a subclass, so that ZeRO-3's hooks gather its weight as ever."""
 
     def forward(self, hidden_SD: Tensor, targets_S: Tensor | None = None, cap: float | None = None) -> Tensor:
         if targets_S is None:
             return super().forward(hidden_SD)
+        if self.weight.requires_grad:  # full fine-tuning
+            logits_SV = super().forward(hidden_SD).float()
+            logits_SV = logits_SV if cap is None else torch.tanh(logits_SV / cap) * cap
+            return F.cross_entropy(logits_SV, targets_S, reduction="sum")
         return FrozenHeadLoss.apply(hidden_SD, self.weight, self.bias, targets_S, cap)
 
 
@@ -89,9 +93,11 @@ def return_losses(model: PreTrainedModel) -> str:
     """
     head = model.get_output_embeddings()
     if model.config.model_type in PLAIN_HEADS:
-        assert type(head) is nn.Linear and not head.weight.requires_grad, "a head is never adapted"
+        assert type(head) is nn.Linear, "a head is never adapted"
         head.__class__ = LossHead
         model.forward = _fused(model, head)
+        if head.weight.requires_grad:
+            return "logits of all supervised tokens at once, because the head trains too"
         return f"logits of {CHUNK} supervised tokens at a time"
     model.forward = _through_logits(model.forward)
     return f"logits of all tokens at once: {model.config.model_type}'s head is not one of {', '.join(PLAIN_HEADS)}"

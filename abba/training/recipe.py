@@ -3,29 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from abba.adapter.config import SEVEN_LINEARS, AdapterConfig
 from abba.errors import RecipeError
 from abba.sharded.owned_keys import FREE_KEYS, OWNED_KEYS
 from abba.storage import is_there
 from abba.text.graders import SUITES, members
 from abba.text.prompt import DEFAULT_PROMPT, PROMPTS
+from abba.training.adapter_section import AdapterSection, Count, Momentum, Positive, Section, Seed, Share, Size, Text
 from abba.training.yaml_file import read_recipe_file, suggestion
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Text = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00\n]*$")]  # a path, a name, a field
-
-
-class Section(BaseModel):
-    # strict: a text is never taken for a number; an int still passes for a float.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelSection(Section):
@@ -33,39 +20,6 @@ class ModelSection(Section):
     revision: Text | None = None  # a Hub commit, branch or tag
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-
-
-class AdapterSection(Section):
-    r1: Positive = 16
-    r2: Positive = 16
-    alpha: Annotated[float, Field(ge=1e-6, le=1e6)] = 24.0
-    target_modules: list[str] | str = list(SEVEN_LINEARS)
-    layer_range: tuple[Count, Count] | None = None  # [first, stop): adapt these decoder layers only
-    init_from: Text | None = None  # a saved adapter to start from, with a fresh optimizer
-    cache_factors: bool = True  # keep the SVD's in data.prepared_path: the next start on this base reads them
-
-    @field_validator("layer_range", mode="before")
-    @classmethod
-    def _list_is_a_range(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
-
-    @field_validator("target_modules")
-    @classmethod
-    def _names_something(cls, value: list[str] | str) -> list[str] | str:
-        if not value:
-            raise PydanticCustomError("adapter", "is empty; name modules such as q_proj, or write all-linear")
-        return value
-
-    @field_validator("layer_range")
-    @classmethod
-    def _holds_a_layer(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
-        if value is not None and value[0] >= value[1]:
-            raise PydanticCustomError("adapter", "holds no layer; write [first, stop] with first < stop")
-        return value
-
-    def config(self) -> AdapterConfig:
-        targets = self.target_modules if isinstance(self.target_modules, str) else tuple(self.target_modules)
-        return AdapterConfig(self.r1, self.r2, self.alpha, targets, self.layer_range)
 
 
 class DataSection(Section):

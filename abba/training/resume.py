@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from abba.adapter.config import AdapterConfig
+from abba.adapter.baseline import PEFT_MISSING
+from abba.adapter.config import BASELINES, AdapterConfig
 from abba.adapter.initialize import Factors, seed_for
 from abba.adapter.inject import factor_shapes
 from abba.checkpoint.format import MANIFEST, CheckpointState, ShardReader, list_checkpoints, read_state
@@ -44,7 +45,9 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: s
     which may be "auto", comes to on this machine.
     """
     model = {key: value for key, value in recipe["model"].items() if key not in ("name_or_path", "revision")}
-    data, software = recipe["data"], (*SOFTWARE, *(("flash_attn",) if attention.startswith("flash") else ()))
+    data, method = recipe["data"], recipe["adapter"]["method"]
+    used = {"flash_attn": attention.startswith("flash"), "peft": method in BASELINES}
+    software = (*SOFTWARE, *(name for name, is_used in used.items() if is_used))
     config = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     packing = data["max_length"] if data["packing"] else None  # the rows of a line decide how sums are rounded
     return {
@@ -52,8 +55,17 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: s
         "data": {"tokens": tokens, "eval_rows": data["eval_rows"], "packing": packing},
         "adapter": {key: value for key, value in recipe["adapter"].items() if key != "cache_factors"},
         "model": {**model, "attn_implementation": attention, "config": config},
-        "software": {name: importlib.metadata.version(name) for name in software},
+        "software": {name: _version(name, method) for name in software},
     }
+
+
+def _version(name: str, method: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name != "peft":
+            raise
+        raise RecipeError(f"adapter.method: {method}: {PEFT_MISSING}") from None
 
 
 def find_resume_point(

@@ -4,7 +4,8 @@ runs/NAME/
     recipe.yaml        as resolved
     metrics.jsonl      one line per optimizer step, one per save
     checkpoints/       step-000100/ and so on
-    adapter/           the result, in PEFT's LoHa form
+    adapter/           the result, in PEFT's LoHa form or another method's own
+    model/             the result of full fine-tuning, in its place
     lock.json, starts.json, failures/    of a run that is alive, or did not end well
 """
 
@@ -26,7 +27,14 @@ from abba.training.run_lock import RunLock
 STARTS = 3  # in a row that may end without a new checkpoint
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # an fp32 master and two moments
 SMALL_FILES_BYTES = 1_000_000  # headers, state, metrics
-LEFT_BY_KILLED = (".adapter.tmp-*", ".adapter.replaced-*", ".lock.json.*", ".write-test-*")
+LEFT_BY_KILLED = (
+    ".adapter.tmp-*",
+    ".adapter.replaced-*",
+    ".model.tmp-*",
+    ".model.replaced-*",
+    ".lock.json.*",
+    ".write-test-*",
+)
 
 
 class RunDirectory:
@@ -38,6 +46,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
         self.evaluation = self.path / "evaluation"
         self.failures = self.path / "failures"
         self._starts = self.path / "starts.json"
@@ -84,7 +93,7 @@ class RunDirectory:
         with self._writing():
             if step == 0:
                 remove_checkpoints(self.checkpoints)
-                for path in (self.adapter, self.evaluation):
+                for path in (self.adapter, self.model, self.evaluation):
                     shutil.rmtree(path, ignore_errors=True)
             for path in remove_leftovers(self.checkpoints):
                 say(f"checkpoint: removed {path}, which an earlier start left unfinished")
@@ -108,18 +117,20 @@ class RunDirectory:
             )
 
     def _check_earlier_run(self, resume: str, overwrite: bool) -> None:
-        earlier = [path for path in (self.checkpoints, self.adapter, self.metrics) if path.exists()]
+        results = [path for path in (self.adapter, self.model) if path.exists()]
+        earlier = [path for path in (self.checkpoints, *results, self.metrics) if path.exists()]
         if resume == "never" and earlier and not overwrite:
             raise CheckpointError(
                 f"output_dir {self.path}: holds {earlier[0].name} of an earlier run; choose another output_dir, "
                 "continue that run with checkpoint.resume=auto, or discard it with overwrite_output_dir=true"
             )
-        if resume != "never" and self.adapter.exists() and not list_checkpoints(self.checkpoints):
+        if resume != "never" and results and not list_checkpoints(self.checkpoints):
             raise CheckpointError(
-                f"output_dir {self.path}: holds an adapter and no checkpoint to continue from; choose another "
+                f"output_dir {self.path}: holds {results[0].name} and no checkpoint to continue from; choose another "
                 "output_dir, or discard it with checkpoint.resume=never overwrite_output_dir=true"
             )
-        refuse_occupied(self.adapter, overwrite=True)
+        for result in (self.adapter, self.model):
+            refuse_occupied(result, overwrite=True)
 
     def _count_start(self) -> None:
         present = list_checkpoints(self.checkpoints)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from abba import AbbaLinear, AdapterConfig, inject
-from abba.adapter.initialize import factors_from_svd
+from abba.adapter.config import INITS
+from abba.adapter.initialize import factors_from_svd, initial_factors
 from abba.adapter.linear import bypass
 from abba.errors import CheckpointError, RecipeError
 from tests.models import FAMILIES, randomize_factors, tiny_model
@@ -121,6 +122,35 @@ def test_initial_factors_are_the_truncated_svd_and_zero():
     bound = (6 / 64) ** 0.5
     assert 0.9 * bound < factors.A2.abs().max() <= bound
     assert all(f.dtype == torch.float32 for f in factors)
+
+
+def test_initial_factors_of_the_published_code():
+    """No oversampling, ten power iterations; the rest is the same."""
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)) @ torch.diag(0.9 ** torch.arange(64.0))
+    ours, theirs = (initial_factors(weight, 8, 5, 3, init) for init in ("svd", "reference"))
+    torch.manual_seed(3)
+    u, s, v = torch.svd_lowrank(weight, q=8, niter=10)
+    torch.testing.assert_close(theirs.B1 @ theirs.A1, u @ torch.diag(s) @ v.T, rtol=1e-4, atol=1e-5)
+    assert not theirs.B2.any() and theirs.A2.shape == (5, 64) and not torch.equal(ours.B1, theirs.B1)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_every_init_starts_at_the_base_and_trains(init):
+    model, x = tiny_model(), torch.arange(20)[None]
+    expected = model(x).logits
+    inject(model, AdapterConfig(4, 3, 24.0, init=init), seed=2)
+    assert torch.equal(model(x).logits, expected)
+    model(x).logits.square().mean().backward()
+    layer = model.model.layers[1].mlp.down_proj  # (64, 112)
+    assert layer.B2.grad.any() and not layer.B2.any()
+    if init == "kaiming":
+        for factor, columns in ((layer.A1, 112), (layer.B1, 4), (layer.A2, 112)):
+            bound = (6 / columns) ** 0.5
+            assert 0.9 * bound < factor.abs().max() <= bound
+        other = tiny_model()
+        other.model.layers[1].mlp.down_proj.weight.data.zero_()
+        inject(other, AdapterConfig(4, 3, 24.0, init=init), seed=2)
+        assert torch.equal(other.model.layers[1].mlp.down_proj.A1, layer.A1), "whatever the weight"
 
 
 def test_factors_depend_on_seed_and_name_alone():

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from abba import AdapterConfig, inject
-from abba.adapter import merge
+from abba.adapter import merge, model_files
 from abba.adapter.directory import AdapterDescription
 from abba.adapter.files import rewrite_card, verify_adapter
 from abba.adapter.functional import delta_weight
 from abba.adapter.linear import abba_modules
+from abba.adapter.model_files import verify_model
 from abba.base_files import INDEX
 from abba.errors import CheckpointError
 from tests.models import randomize_factors, tiny_model
@@ -57,6 +58,7 @@ def test_targets_are_rounded_once_and_the_rest_is_copied(
     tmp_path, monkeypatch, adapter, base_dtype, dtype, block, files
 ):
     monkeypatch.setattr(merge, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(model_files, "BLOCK_ELEMENTS", block)
     base = write_base(tmp_path / "base", getattr(torch, base_dtype), files)
     wanted = getattr(torch, dtype or base_dtype)
     summary = write(tmp_path / "merged", base, adapter, getattr(torch, dtype) if dtype else None)
@@ -89,13 +91,13 @@ def test_several_files_stay_several_and_their_index_is_right(tmp_path, adapter):
     index, before = (json.loads((tmp_path / name / INDEX).read_text()) for name in ("merged", "base"))
     assert index["weight_map"] == before["weight_map"]
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors(tmp_path / "merged").values())
-    merge.verify_merged(tmp_path / "merged")
+    verify_model(tmp_path / "merged")
     index["weight_map"][NORM] = next(
         name for name in before["weight_map"].values() if name != before["weight_map"][NORM]
     )
     (tmp_path / "merged" / INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="does not say which tensors its files hold"):
-        merge.verify_merged(tmp_path / "merged")
+        verify_model(tmp_path / "merged")
 
 
 def test_what_belongs_to_a_model_comes_along_and_code_does_not(tmp_path, adapter):
@@ -204,10 +206,10 @@ def test_only_what_is_ours_is_replaced(tmp_path, adapter):
 )
 def test_damage_is_named_when_it_is_opened_again(tmp_path, adapter, damage, message):
     write(tmp_path / "merged", write_base(tmp_path / "base"), adapter)
-    merge.verify_merged(tmp_path / "merged")
+    verify_model(tmp_path / "merged")
     damage(tmp_path / "merged")
     with pytest.raises(CheckpointError) as error:
-        merge.verify_merged(tmp_path / "merged")
+        verify_model(tmp_path / "merged")
     assert message in str(error.value)
 
 

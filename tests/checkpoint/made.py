@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from abba.adapter.config import AdapterConfig
+from abba.adapter.config import MethodConfig, factors_of
 from abba.adapter.initialize import Factors
 from abba.base_files import INDEX
 from abba.checkpoint import format
@@ -24,7 +24,7 @@ def factor_shapes(modules: Mapping[str, tuple[int, int]], r1: int, r2: int) -> d
 
 def write_checkpoint(
     root: Path,
-    config: AdapterConfig,
+    config: MethodConfig,
     modules: Mapping[str, tuple[int, int]],
     step: int = 4,
     world: int = 2,
@@ -35,7 +35,7 @@ def write_checkpoint(
     final = format.step_directory(root, step)
     temporary = format.temporary_directory(final)
     temporary.mkdir(parents=True)
-    shapes = factor_shapes(modules, config.r1, config.r2)
+    shapes = state.pop("tensors", None) or factors_of(config, modules)
     entries = []
     for rank in range(world):
         slices = []

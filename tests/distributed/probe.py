@@ -165,13 +165,13 @@ def watch_svd() -> None:
         return factors
 
     abba.training.resume.starting_factors = found
-    decompose = abba.sharded.initialize.factors_from_svd
+    decompose = abba.sharded.initialize.initial_factors
 
     def counted(*arguments):
         result["svds"] += 1
         return decompose(*arguments)
 
-    abba.sharded.initialize.factors_from_svd = counted
+    abba.sharded.initialize.initial_factors = counted
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 import abba.sharded.factor_cache
 import abba.sharded.initialize
 from abba.adapter.config import AdapterConfig
-from abba.adapter.initialize import factors_from_svd, seed_for
+from abba.adapter.initialize import initial_factors, seed_for
 from abba.checkpoint.slices import slice_bounds
 from abba.errors import CheckpointError
 from abba.prepared import KILLED_WHILE_WRITING_SECONDS
@@ -38,9 +38,9 @@ def decomposed(monkeypatch):
     """The names of modules whose weights were decomposed."""
     names = []
 
-    def dense(targets, r1, r2, seed, rank, world_size):
+    def dense(targets, r1, r2, seed, rank, world_size, init):
         names.extend(targets)
-        return {name: factors_from_svd(of.weight, r1, r2, seed_for(name, seed)) for name, of in targets.items()}
+        return {name: initial_factors(of.weight, r1, r2, seed_for(name, seed), init) for name, of in targets.items()}
 
     monkeypatch.setattr(abba.sharded.initialize, "factors_of_sharded", dense)
     return names
@@ -57,9 +57,9 @@ def linears(dtype=torch.bfloat16, names=("a", "b.c")):
     return targets
 
 
-def start(cache, targets=None, r1=4, r2=3, seed=5):
-    said = []
-    factors = starting_factors(targets or linears(), AdapterConfig(r1, r2), seed, None, cache, Ranks(), said.append)
+def start(cache, targets=None, r1=4, r2=3, seed=5, init="svd"):
+    said, config = [], AdapterConfig(r1, r2, init=init)
+    factors = starting_factors(targets or linears(), config, seed, None, cache, Ranks(), said.append)
     return factors, said
 
 
@@ -93,6 +93,8 @@ def changed_weight():
         {"r1": 3},
         {"r2": 4},
         {"seed": 6},
+        {"init": "reference"},
+        {"init": "kaiming"},
         {"targets": changed_weight},
         {"targets": lambda: linears(torch.float32)},
         {"targets": lambda: linears(names=("a", "b.d"))},
@@ -137,7 +139,7 @@ def test_every_damage_is_seen_and_mended(alone, decomposed, tmp_path):
     right, _ = start(tmp_path)
     (path,) = tmp_path.iterdir()
     whole, draw = path.read_bytes(), random.Random(7)
-    file = factor_file(tmp_path, linears(), 4, 3, 5, Ranks())
+    file = factor_file(tmp_path, linears(), AdapterConfig(4, 3), 5, Ranks())
     assert file.path == path
     for trial in range(200):
         wrong = bytearray(whole)
@@ -185,7 +187,7 @@ def test_a_run_goes_on_where_nothing_can_be_kept(alone, decomposed, tmp_path):
 
 def test_two_that_write_at_once_leave_one_whole_file(alone, decomposed, monkeypatch, tmp_path):
     factors, _ = start(None)
-    file, both = factor_file(tmp_path, linears(), 4, 3, 5, Ranks()), threading.Barrier(2)
+    file, both = factor_file(tmp_path, linears(), AdapterConfig(4, 3), 5, Ranks()), threading.Barrier(2)
     replace = abba.prepared.os.replace
 
     def meeting(*arguments):

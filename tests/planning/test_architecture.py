@@ -29,7 +29,7 @@ PUBLISHED = {
 def test_counts_are_the_published_ones(name):
     architecture = architecture_of(KNOWN[name], name)
     base = sum(p.numel for p in architecture.base())
-    trainable = sum(p.numel for p in factors(architecture.targets(AdapterConfig()), 16, 16))
+    trainable = sum(p.numel for p in factors(architecture.targets(AdapterConfig()), AdapterConfig()))
     assert (base, trainable) == PUBLISHED[name]
 
 
@@ -60,7 +60,7 @@ def test_targets_and_factors_are_those_of_injection(config):
     assert list(targets) == list(find_targets(model, config))
     report = inject(model, config)
     assert targets == report.shapes
-    assert sum(p.numel for p in factors(targets, 4, 3)) == report.trainable_parameters
+    assert sum(p.numel for p in factors(targets, config)) == report.trainable_parameters
 
 
 @pytest.mark.parametrize(

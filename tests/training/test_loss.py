@@ -63,6 +63,20 @@ def changes_of(family):
     return {"final_logit_softcapping": 2.0} if family == "gemma2" else {}
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_head_that_trains_has_its_gradient_too(family):
+    plain = tiny_model(family, tie_word_embeddings=family == "gemma2", **changes_of(family))
+    model, batch = copy.deepcopy(plain), batch_of(Rows(), [[0], [1], [2]])
+    assert "the head trains too" in return_losses(model)
+    loss, gradients = loss_and_gradients(model, batch)
+    logits = plain(input_ids=batch.input_ids, use_cache=False).logits
+    expected = token_loss_sum(logits, batch.predictors, batch.targets)
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-6)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_equal_the_logits_of_transformers(family, monkeypatch):
     monkeypatch.setattr(abba.training.loss, "CHUNK", 10)  # neither divides the supervised tokens nor exceeds them

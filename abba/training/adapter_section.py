@@ -1,0 +1,112 @@
+"""The recipe's section on what is trained: a method and its own options, none of another's."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from abba.adapter.config import SEVEN_LINEARS, AdapterConfig, BaselineConfig, FullConfig, MethodConfig
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00\n]*$")]  # a path, a name, a field
+
+
+class Section(BaseModel):
+    # strict: a text is never taken for a number; an int still passes for a float.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+ABBA_OPTIONS = {"r1": 16, "r2": 16, "alpha": 24.0, "scale_rule": "paper", "init": "svd"}
+# Of each method: its options with their defaults. The parameters of r = 32 are those of r1 = r2 = 16 and of LoHa's 16.
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "abba": {**ABBA_OPTIONS, "init_from": None, "cache_factors": True},
+    **{method: {"r": 32, "alpha": 32.0, "dropout": 0.0} for method in ("lora", "rslora", "dora")},
+    "hira": {"r": 32, "dropout": 0.0},
+    "loha": {"r": 16, "alpha": 16.0},
+    "full": {},
+}
+WHERE = {"target_modules": list(SEVEN_LINEARS), "layer_range": None}  # of all methods but full
+
+
+class AdapterSection(Section):
+    """None: not an option of the method. `alpha` is ABBA's, or PEFT's of the method."""
+
+    method: Literal["abba", "lora", "rslora", "dora", "hira", "loha", "full"] = "abba"
+    r1: Positive | None = None
+    r2: Positive | None = None
+    r: Positive | None = None
+    alpha: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
+    scale_rule: Literal["paper", "reference"] | None = None
+    init: Literal["svd", "kaiming", "reference"] | None = None
+    dropout: Momentum | None = None
+    target_modules: list[str] | str | None = None
+    layer_range: tuple[Count, Count] | None = None  # [first, stop): adapt these decoder layers only
+    init_from: Text | None = None  # a saved adapter to start from, with a fresh optimizer
+    cache_factors: bool | None = None  # keep the SVD's in data.prepared_path: the next start on this base reads them
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_its_defaults(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        given = {key: value for key, value in raw.items() if value is not None}
+        return {**_options(given.get("method", "abba")), **given}
+
+    @model_validator(mode="after")
+    def _has_its_own_options(self) -> "AdapterSection":
+        known = _options(self.method)
+        foreign = [key for key, value in self if key not in ("method", *known) and value is not None]
+        if foreign:
+            key, options = foreign[0], ", ".join(known) or "none"
+            message = (
+                "{key}={value} is no option of the method {method}, whose options are: {options}; leave it out, or "
+                "write adapter.{key}=null where a recipe that is extended sets it"
+            )
+            value = str(getattr(self, key))[:50]
+            context = {"key": key, "value": value, "method": self.method, "options": options}
+            raise PydanticCustomError("adapter", message, context)
+        if self.init_from is not None and self.init != ABBA_OPTIONS["init"]:
+            message = "init={init} has no meaning with init_from, whose factors training starts from; leave one out"
+            raise PydanticCustomError("adapter", message, {"init": self.init})
+        return self
+
+    @field_validator("layer_range", mode="before")
+    @classmethod
+    def _list_is_a_range(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_something(cls, value: list[str] | str | None) -> list[str] | str | None:
+        if value is not None and not value:
+            raise PydanticCustomError("adapter", "is empty; name modules such as q_proj, or write all-linear")
+        return value
+
+    @field_validator("layer_range")
+    @classmethod
+    def _holds_a_layer(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] >= value[1]:
+            raise PydanticCustomError("adapter", "holds no layer; write [first, stop] with first < stop")
+        return value
+
+    def config(self) -> MethodConfig:
+        if self.method == "full":
+            return FullConfig()
+        where = (
+            self.target_modules if isinstance(self.target_modules, str) else tuple(self.target_modules),
+            self.layer_range,
+        )
+        if self.method == "abba":
+            return AdapterConfig(self.r1, self.r2, self.alpha, *where, self.scale_rule, self.init)
+        return BaselineConfig(self.method, self.r, self.alpha, self.dropout or 0.0, *where)
+
+
+def _options(method: Any) -> dict[str, Any]:
+    """The options of a method with their defaults; none of a method that is no such name, which is reported itself."""
+    own = METHOD_OPTIONS.get(method, {}) if isinstance(method, str) else {}
+    return own if method == "full" else {**own, **WHERE}
