@@ -7,9 +7,12 @@ import shutil
 import pytest
 
 from abba import save_adapter
-from abba.adapter.config import AdapterConfig
+from abba.adapter.config import AdapterConfig, BaselineConfig, FullConfig
+from abba.adapter.directory import read_description
+from abba.checkpoint.convert import Form, convert
 from abba.errors import AbbaError, CheckpointError, RecipeError
 from abba.evaluation.subject import opened
+from abba.storage import SafetensorsFile
 from tests import warm
 from tests.checkpoint.made import linears, write_checkpoint
 from tests.distributed.ranks import STORIES, TINY
@@ -23,9 +26,9 @@ def fingerprint(base=TINY):
     return {"model": {"config": hashlib.sha256((base / "config.json").read_bytes()).hexdigest()}}
 
 
-def trained(run, step=4, prompt="alpaca", **state):
+def trained(run, step=4, prompt="alpaca", config=CONFIG, modules=MODULES, **state):
     state = {"base_model": str(TINY), "fingerprint": fingerprint(), "recipe": {"data": {"prompt": prompt}}, **state}
-    return write_checkpoint(run / "checkpoints", CONFIG, MODULES, step, **state)
+    return write_checkpoint(run / "checkpoints", config, modules, step, **state)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,26 @@ def refused(error, said, given, **how):
     with pytest.raises(error, match=said) as refusal, subject(given, **how):
         pass
     assert "\n" not in str(refusal.value)
+
+
+def test_a_run_of_another_method_is_its_own_form(tmp_path):
+    trained(tmp_path / "run", prompt="plain", config=BaselineConfig("dora", 8, 16.0))
+    with subject(tmp_path / "run") as run:
+        assert (run.step, run.prompt, read_description(run.adapter).format) == (4, "plain", "dora")
+        assert run.contents()["adapter_content"]
+
+
+def test_a_model_that_was_trained_whole_is_scored_as_a_model(tmp_path):
+    with SafetensorsFile(TINY / "model.safetensors") as file:
+        tensors = {name: stored.shape for name, stored in file.tensors.items()}
+    run, model = tmp_path / "run", tmp_path / "run/model"
+    checkpoint = trained(run, prompt="plain", config=FullConfig(), modules={}, tensors=tensors)
+    refused(CheckpointError, "run: was trained whole and has no adapter; score the model .*--model RUN/model", run)
+    convert(checkpoint, model, Form(base=TINY))
+    refused(CheckpointError, "is a whole model and no adapter; score it with --model .*run/model", model)
+    with subject(None, str(model)) as whole:
+        assert (whole.base, whole.adapter, whole.prompt, whole.step) == (model, None, "plain", 4)
+    refused(RecipeError, "--prompt alpaca: .*model was trained with", None, model=str(model), prompt="alpaca")
 
 
 def test_an_adapter_of_another_base_is_refused_unless_it_is_meant(tmp_path):
