@@ -68,7 +68,9 @@ def engine_of(config: dict[str, Any], ranks: Any, micro_batch: int, accumulation
     zero = engine_config(torch.bfloat16, micro_batch, accumulation, 1.0, extra, ranks)
     architecture = AutoConfig.for_model(**config)
     with prevent_arange_dtype_change(), no_init_weights(), partitioned_from_birth(zero):
-        model = AutoModelForCausalLM.from_config(architecture, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            architecture, dtype=torch.bfloat16, attn_implementation="sdpa", trust_remote_code=False
+        )
     for parameter in model.parameters():
         parameter.ds_tensor.normal_(std=0.02) if len(parameter.ds_shape) > 1 else parameter.ds_tensor.fill_(1)
     torch.manual_seed(0)  # factors are the same on every rank
