@@ -105,7 +105,10 @@ def verify_adapter(directory: Path) -> AdapterSummary:
     Raises:
         CheckpointError: names the first thing that is wrong.
     """
-    description = read_description(directory)
+    return _verified(directory, read_description(directory))
+
+
+def _verified(directory: Path, description: AdapterDescription) -> AdapterSummary:
     if description.format not in ADAPTER_FORMATS:
         raise CheckpointError(f"{directory}: is a {description.format} model and no adapter; it loads by itself")
     path = directory / WEIGHTS
@@ -125,9 +128,9 @@ def verify_adapter(directory: Path) -> AdapterSummary:
     expected = _shapes(description)
     zero = True
     with opened(path) as file:
-        different = sorted(set(file.keys()) ^ expected.keys())
+        different = set(file.keys()) ^ expected.keys()
         if different:
-            raise CheckpointError(f"{path}: {different[0]} is missing or does not belong there")
+            raise CheckpointError(f"{path}: {min(different)} is missing or does not belong there")
         for key, shape in expected.items():
             tensor = file.get_tensor(key)
             if tuple(tensor.shape) != shape:
@@ -159,7 +162,7 @@ def _factors(directory: Path, description: AdapterDescription) -> dict[str, Fact
             f"{directory}: is in {description.format} form, which no longer holds the four factors; "
             "convert the checkpoint again with --format loha"
         )
-    verify_adapter(directory)
+    _verified(directory, description)
     with opened(directory / WEIGHTS) as file:
         read = {key: file.get_tensor(key) for key in _shapes(description)}
     return {name: export.factors_from_loha(read, name, description.config) for name in description.modules}
@@ -194,7 +197,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> AdapterDescr
     """
     description = read_description(Path(directory))
     if isinstance(description.config, BaselineConfig):
-        verify_adapter(Path(directory))
+        _verified(Path(directory), description)
         load_baseline(model, Path(directory))
         return description
     factors = _factors(Path(directory), description)
