@@ -16,6 +16,7 @@ from abba.training.batches import BatchPlan, split_rows
 from abba.training.tokens import TokenizedRows
 from tests.distributed.conftest import STEPS
 from tests.distributed.ranks import read_metrics
+from tests.faults.harness import beyond_make_test
 
 WORLDS = (1, 2, 4)
 
@@ -144,7 +145,14 @@ def test_rope_buffers_stay_fp32_in_bf16(runs):
     assert inverse and set(inverse.values()) == {"torch.float32"}
 
 
-@pytest.mark.parametrize(("mode", "linears"), [("non_reentrant", 28), ("none", 14), ("selective", 21)])
+@pytest.mark.parametrize(
+    ("mode", "linears"),
+    [
+        ("selective", 21),
+        pytest.param("none", 14, marks=beyond_make_test),
+        pytest.param("non_reentrant", 28, marks=beyond_make_test),
+    ],
+)
 def test_gradient_checkpointing_does_not_change_a_bit(runs, mode, linears):
     run, found = runs(mode, 2, "model.dtype=bfloat16", f"train.gradient_checkpointing={mode}")
     checkpointed, found_there = runs("bf16", 2, "model.dtype=bfloat16")
