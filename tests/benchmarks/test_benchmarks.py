@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests import warm
+from tests.faults.harness import beyond_ci
 
 PARTS = ("step", "profile", "memory", "layer", "targets")
 LAYER = ["--shapes", "96x64", "--tokens", "16", "--ranks", "2", "4", "--repetitions", "2"]
@@ -78,6 +79,7 @@ def test_svd(tmp_path):
 
 
 @pytest.mark.slow
+@beyond_ci
 def test_startup(tmp_path):
     first, second = run(tmp_path, "startup", [*START, "--svd-size", "0"])
     assert (first["start"], second["start"]) == ("first", "second") and first["ranks"] == second["ranks"] == 2
@@ -95,6 +97,7 @@ def test_load(tmp_path):
 
 
 @pytest.mark.slow
+@beyond_ci
 def test_scaling(tmp_path):
     rows = run(tmp_path, "scaling", SCALING)
     assert [(row["ranks"], row["layers"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]

@@ -21,7 +21,7 @@ from tests.evaluation.made import adapted, answering
 from tests.faults.harness import TRIALS, chance
 
 ROWS, POINTS = 24, ("before", "half", "after", "half", "after", "grade", "between")
-KILLS = 20 if TRIALS >= 10 else 3
+KILLS = 20 if TRIALS >= 100 else min(TRIALS, 5)
 SETTINGS = {"task": "gsm8k", "max_new_tokens": 40}
 
 

@@ -28,8 +28,9 @@ CHECKPOINT_BYTES = 104_000 * LAYERS  # of a checkpoint, about
 LAUNCHER_TELLS_SECONDS = 7
 
 
-# Rows that make test has no time for.
+# Rows that make test, or CI, has no time for.
 beyond_make_test = pytest.mark.skipif(TRIALS < 10, reason="takes long; runs with ABBA_TRIALS=10, as in CI")
+beyond_ci = pytest.mark.skipif(TRIALS < 100, reason="takes long; runs with ABBA_TRIALS=100")
 
 
 def some(cases: list, few: list) -> list:

@@ -32,7 +32,7 @@ def every_step(lab, reference):
 
 @pytest.mark.parametrize("world", [2, 4] if TRIALS >= 10 else [2])
 def test_the_same_recipe_twice_is_the_same(lab, reference, trial, world):
-    for number in range(max(1, min(TRIALS, 30) // 3)):
+    for number in range(max(1, min(TRIALS, 100) // 10)):
         with trial(f"C1 the same recipe twice on {world} ranks"):
             assert lab.complete(f"twice-{world}-{number}", world) == reference(world)
 
