@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,13 +33,13 @@ from measure import RESULTS, in_turns, write
 from safetensors.torch import load_file
 from torch import Tensor
 
-from abba.adapter import initialize
+from abba.adapter.initialize import OVERSAMPLING, POWER_ITERATIONS, factors_from_svd
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"
 LAUNCHERS = {"deepspeed": ["--num_gpus", "{}", "--log_level", "error"], "torchrun": ["--nproc_per_node", "{}"]}
 SETTINGS = [(oversampling, iterations) for oversampling in (4, 8, 16) for iterations in (1, 2, 4)]
-OURS = (initialize.OVERSAMPLING, initialize.POWER_ITERATIONS)
+OURS = (OVERSAMPLING, POWER_ITERATIONS)
 
 
 def start(launcher: str, ranks: int, overrides: list[str], scratch: Path) -> tuple[dict[str, float], str]:
@@ -129,15 +129,6 @@ def best_squares(weight: Tensor, rank: int) -> tuple[float, float]:
     return float(values[-rank:].sum()), float(values[:-rank].clamp(min=0).sum())
 
 
-def with_settings(oversampling: int, iterations: int, decompose: Callable[[], Any]) -> Any:
-    """The product's own function under settings other than its own."""
-    initialize.OVERSAMPLING, initialize.POWER_ITERATIONS = oversampling, iterations
-    try:
-        return decompose()
-    finally:
-        initialize.OVERSAMPLING, initialize.POWER_ITERATIONS = OURS
-
-
 def decompositions(size: int, rank: int, repetitions: int) -> list[dict[str, Any]]:
     """A row for each kind of weight and setting: the worst error over weights and seeds, one seed a repetition."""
     rows = []
@@ -147,9 +138,9 @@ def decompositions(size: int, rank: int, repetitions: int) -> list[dict[str, Any
 
         def decompose(setting: tuple[int, int], weights: list[Tensor] = weights, factors: dict = factors) -> None:
             seed = len(factors[setting])
-            factors[setting].append([initialize.factors_from_svd(weight, rank, rank, seed) for weight in weights])
+            factors[setting].append([factors_from_svd(weight, rank, rank, seed, *setting) for weight in weights])
 
-        cases = {s: lambda s=s, d=decompose: with_settings(*s, lambda: d(s)) for s in SETTINGS}
+        cases = {setting: partial(decompose, setting) for setting in SETTINGS}
         seconds = in_turns(cases, repetitions)
         for setting in SETTINGS:
             worst, least = 0.0, 1.0

@@ -183,7 +183,6 @@ def test_the_deepspeed_launcher_shows_it_once_and_keeps_the_code(tmp_path):
     [
         (["launch/convert.py", "nowhere", "out"], 66, "nowhere: does not exist"),
         (["launch/convert.py", "recipes", "out"], 66, "recipes: holds no valid checkpoint"),
-        (["launch/convert.py", "recipes", "out", "--base", "x"], 64, "--base x: is used by --verify alone"),
         (["launch/evaluate.py", "--model", "nowhere/at/all", "--task", "gsm8k", "--output", "out"], 66, "no directory"),
         (["launch/evaluate.py", "--model", str(TINY), "--task", "gsm9k", "--output", "out"], 64, "gsm9k"),
         (
