@@ -8,11 +8,13 @@ import pytest
 from tests.slurm.test_jobs import refused
 
 # Containers: everything up to the image is theirs, the rest is the command.
-APPTAINER = (
-    '#!/bin/bash\nprintf "%s\\n" "$@" >> "$CALLS"\nwhile [ "$1" != /images/abba.sif ]; do shift; done\nexec "${@:2}"\n'
-)
+APPTAINER = """#!/bin/bash
+printf "%s\\n" "$@" >> "$CALLS.$$"
+while [ "$1" != /images/abba.sif ]; do shift; done
+exec "${@:2}"
+"""
 SRUN = """#!/bin/bash
-printf "%s\\n" "$@" >> "$CALLS"
+printf "%s\\n" "$@" >> "$CALLS.$$"
 for word; do shift; case $word in --container-*) ;; *) set -- "$@" "$word" ;; esac; done
 exec /usr/bin/srun "$@"
 """
@@ -20,7 +22,7 @@ exec /usr/bin/srun "$@"
 
 @pytest.fixture
 def stand_in(jobs, tmp_path):
-    """stand_in(name, text) -> the variables of a job that finds it before the real one, and its record of calls."""
+    """stand_in(name, text) -> the variables of a job that finds it before the real one, and what reads its calls."""
 
     def install(name, text):
         program = tmp_path / "bin" / name
@@ -29,7 +31,9 @@ def stand_in(jobs, tmp_path):
         program.chmod(0o755)
         python = jobs.environment["ABBA_ENV"].removeprefix("venv:")
         path = f"{program.parent}:{python}/bin:{jobs.environment['PATH']}"
-        return {"PATH": path, "CALLS": str(tmp_path / "calls")}, tmp_path / "calls"
+        calls = {"PATH": path, "CALLS": str(tmp_path / "calls")}
+        # Two nodes call at once: a file each.
+        return calls, lambda: "".join(file.read_text() for file in tmp_path.glob("calls.*"))
 
     return install
 
@@ -46,7 +50,7 @@ def test_apptainer(jobs, stand_in, tmp_path):
     )
     top = jobs.command("pwd").stdout.strip()
     bound = f"{top},{jobs.root}/hub,{jobs.root}/scratch,/data,/models"
-    words = calls.read_text().split("\n")
+    words = calls().split("\n")
     start = words.index("exec")
     assert words[start : start + 7] == ["exec", "--nv", "--bind", bound, "--pwd", top, "/images/abba.sif"]
 
@@ -55,7 +59,7 @@ def test_pyxis(jobs, stand_in, tmp_path):
     variables, calls = stand_in("srun", SRUN)
     ends_at_the_recipe(jobs, tmp_path / "run", ABBA_ENV="pyxis:registry#abba:1", ABBA_MOUNTS="/data", **variables)
     top = jobs.command("pwd").stdout.strip()
-    said = calls.read_text()
+    said = calls()
     assert "--container-image=registry#abba:1\n" in said and f"--container-workdir={top}\n" in said
     assert f"--container-mounts={top}:{top},{jobs.root}/hub:{jobs.root}/hub," in said and ",/data:/data\n" in said
     assert re.search(r"python\nslurm/preflight.py\n--recipe", said)
