@@ -88,6 +88,7 @@ def test_startup(tmp_path):
 
 
 @pytest.mark.slow
+@beyond_ci
 def test_load(tmp_path):
     rows = run(tmp_path, "load", LOAD)
     ours = [row for row in rows if row["way"] == "ours"]
