@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 ROWS ?= recipes/assets/stories/train.jsonl
-FAULTS := tests/faults tests/slurm/test_preemption.py
+FAULTS := tests/faults tests/slurm/test_preemption.py tests/evaluation/test_resume.py tests/benchmarks
 
 .PHONY: help quickstart test test-slow test-faults test-slurm bench experiments lint clean
 
