@@ -53,11 +53,20 @@ class Kept:
         return [batch for batch in mine if not all(row in self.texts for row in batch)]
 
     def add(self, row: int, text: str) -> None:
-        """Keep a generation. Closed each time: another node sees it then, and a kill takes half a line at most."""
+        """Keep a generation. Closed each time: another node sees it then, and a kill takes half a line at most.
+
+        Raises:
+            CheckpointError: it cannot be written, as on a full disk.
+        """
         if row in self.texts:
             return
-        with self._own.open("ab") as file:
-            file.write(json.dumps({"row": row, "generated": text}).encode() + b"\n")
+        try:
+            with self._own.open("ab") as file:
+                file.write(json.dumps({"row": row, "generated": text}).encode() + b"\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._own}: cannot be written: {error.strerror}; what is there is kept, and the same command goes on"
+            ) from error
         self.texts[row] = text
 
     def gather(self, rows: int) -> list[str]:

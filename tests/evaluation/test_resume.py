@@ -98,6 +98,14 @@ def kept(output, ranks=None, replace=False, **changes):
     return Kept(output, {**SETTINGS, **changes}, ranks or Ranks(), replace)
 
 
+def test_a_full_disk_is_a_line(tmp_path):
+    begun = kept(tmp_path / "out")
+    (tmp_path / "out/generated/rank-0.jsonl").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match="rank-0.jsonl: cannot be written: No space left on device; .*goes on"):
+        begun.add(0, "text")
+    assert not begun.texts
+
+
 def test_what_is_kept_is_read_again_and_half_a_line_is_dropped(tmp_path):
     first = kept(tmp_path)
     first.add(3, "three\n♥")
