@@ -44,7 +44,7 @@ def run(
     # Imported here because it takes seconds: a mistake in the recipe is shown at once, by every launcher.
     import torch.distributed as dist
 
-    from abba.base_model import DTYPES, choose_attention, load_config
+    from abba.base_model import DTYPES, choose_attention, choose_dtype, load_config
     from abba.checkpoint.format import step_directory
     from abba.sharded.engine import engine_config
     from abba.sharded.process_group import start_process_group
@@ -55,6 +55,10 @@ def run(
     from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end
 
     startup.done("imports")
+    chosen, note = choose_dtype(recipe.model.dtype)
+    recipe = recipe.with_dtype(chosen)
+    if note:
+        say(f"model: {note}")
     settings = recipe.train
     micro_batch = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
