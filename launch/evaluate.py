@@ -58,7 +58,12 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         help="what generates; auto: vllm where it is installed, serves the adapter and finds GPUs, else transformers",
     )
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="auto: bfloat16, where the processor can",
+    )
     parser.add_argument(
         "--output", type=Path, required=True, help="directory for scores.json and generations.jsonl; replaced there"
     )

@@ -23,7 +23,12 @@ def main() -> int:
     parser.add_argument("--adapter", type=Path, help="an adapter directory")
     parser.add_argument("--prompt", help="the instruction; the recipe's template is put around it")
     parser.add_argument("--max-new-tokens", type=positive, default=256)
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="auto: bfloat16, where the processor can",
+    )
     arguments = parser.parse_args()
     try:
         answer(arguments)

@@ -15,6 +15,7 @@ from abba.planning.memory import CHUNK, backward_bytes, evaluation_bytes, kept_b
 from abba.training.batches import collate, lines_of
 from abba.training.loss import return_losses
 from abba.training.model import enable_checkpointing, packed_tokens
+from tests.faults.harness import computes_much_in_bfloat16
 from tests.warm import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -116,6 +117,7 @@ WIDE = {"vocab": 256, "rank": 16}
 LLAMA, GEMMA = ("llama", "sdpa"), ("gemma2", "eager")
 
 
+@computes_much_in_bfloat16
 @pytest.mark.parametrize("model", [LLAMA, GEMMA])
 @pytest.mark.parametrize(
     "mode, sizes",
@@ -137,6 +139,7 @@ def test_the_most_that_a_micro_batch_holds(model, mode, sizes):
     assert kept_bytes(job) + max(loss_bytes(job), backward_bytes(job)) == pytest.approx(measured, rel=NEAR)
 
 
+@computes_much_in_bfloat16
 @pytest.mark.parametrize(
     "model, layers, mode, packing, shape",
     [
