@@ -1,6 +1,7 @@
 """The experiments at toy size: what they compute is right, they continue, and they write what they promise."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_digits(tmp_path):
 
 
 def test_the_rate_is_chosen_on_validation_rows():
-    from digits import chosen
+    from cells import chosen
 
     def cell(rate, seed, validation, loss, test):
         look = {"accuracy": validation, "loss": loss}
@@ -152,8 +153,97 @@ def test_the_rate_is_chosen_on_validation_rows():
         }
 
     cells = [cell(0.1, 0, 99, 1.0, 10), cell(0.1, 1, 71, 1.0, 10), cell(0.2, 0, 90, 2.0, 99), cell(0.2, 1, 90, 2.0, 99)]
-    assert {c["rate"] for c in chosen(cells)["all", 4, "abba"]} == {0.2}, "90 and 90 are more than 99 and 71"
+    assert {c["rate"] for c in chosen(cells, ("goal", "rank", "method"))["all", 4, "abba"]} == {0.2}, (
+        "90 and 90 are more than 99 and 71"
+    )
     cells += [cell(0.3, seed, 90, 1.5, 1) for seed in range(2)]
-    assert {c["rate"] for c in chosen(cells)["all", 4, "abba"]} == {0.3}, (
+    assert {c["rate"] for c in chosen(cells, ("goal", "rank", "method"))["all", 4, "abba"]} == {0.3}, (
         "the same accuracy at a lower loss, not the test"
     )
+
+
+COMPARE = ["--methods", "lora", "abba", "--rates", "5e-3", "--seeds", "1", "--steps", "3"]
+COMPARE += ["--batch", "4", "--scored", "4"]
+
+
+def test_compare_continues(tmp_path):
+    assert (finished := run(tmp_path, "compare", *COMPARE)).returncode == 0, finished.stderr[-3000:]
+    path = tmp_path / "compare.json"
+    record = json.loads(path.read_text())
+    assert len(record["cells"]) == 2 * 2 and record["settings"]["steps"] == 3
+    for cell in record["cells"].values():
+        assert cell["steps"] == 3 and len(cell["curve"]) == 1 and 0 < cell["curve"][0] < 10
+    assert len({cell["parameters"] for cell in record["cells"].values()}) == 1
+    table = (tmp_path / "compare.md").read_text()
+    assert table.count("\n|") == 2 * (2 + 4) and (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+    lost = record["cells"].pop("two steps, abba, rate 0.005, seed 0")
+    path.write_text(json.dumps(record))
+    assert "3 of 4 cells are there" in run(tmp_path, "compare", *COMPARE).stdout
+    again = json.loads(path.read_text())["cells"]
+    made = again.pop("two steps, abba, rate 0.005, seed 0")
+    measured = ("validation", "test", "curve", "parameters")
+    assert [made[key] for key in measured] == [lost[key] for key in measured] and again == record["cells"]
+
+
+def test_budgets_are_equal_but_for_doras_magnitudes():
+    from compare import RATES
+    from tiny import adapted
+
+    assert len({len(rates) for rates in RATES.values()}) == 1, "each method has as many rates"
+    counts, magnitudes = {}, {}
+    for method in RATES:
+        trained = [p for p in adapted(method, 16, seed=0).parameters() if p.requires_grad]
+        counts[method] = sum(p.numel() for p in trained)
+        magnitudes[method] = sum(p.numel() for p in trained if p.dim() == 1)
+    assert counts.pop("full") > 4 * counts["lora"] and counts["dora"] < 1.04 * counts["lora"]
+    counts["dora"] -= magnitudes["dora"]
+    assert all(count == pytest.approx(counts["lora"], rel=0.01) for count in counts.values()), counts
+
+
+def test_parts_share_no_fact():
+    from problems import PARTS, TASKS, operands, problems
+
+    for task, (steps, *_) in TASKS.items():
+        facts, questions = {}, {}
+        for part in PARTS:
+            rows = problems(task, part, 3200 if part == "train" else 128)
+            said = [re.findall(r"<<(\d+)([+-])(\d+)=(\d+)>>", row["answer"]) for row in rows]
+            assert all(len(calculations) == steps for calculations in said)
+            facts[part] = {operands((op, int(x), int(y))) for calculations in said for x, op, y, _ in calculations}
+            questions[part] = {row["question"] for row in rows}
+            for row, calculations in zip(rows, said, strict=True):
+                assert all(eval(f"{x}{op}{y}") == int(z) for x, op, y, z in calculations)
+                assert row["answer"].endswith(f"#### {calculations[-1][3]}")
+                assert calculations[0][0] in re.findall(r"\d+", row["question"])
+        for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+            assert not facts[one] & facts[other] and not questions[one] & questions[other]
+
+
+def test_two_steps_undo_each_other():
+    """The start that the answer finds leads to the end that the story tells."""
+    from problems import problems
+
+    for row in problems("two steps", "test", 64):
+        have = int(row["answer"].split("#### ")[1])
+        changes = re.findall(r"Then \w+ \w+(?: away)? (\d+)( more)?\.", row["question"])
+        assert len(changes) == 2
+        for number, more in changes:
+            have += int(number) if more else -int(number)
+        assert have == int(re.search(r"has (\d+)", row["question"])[1])
+
+
+def test_compare_reports_the_test_at_the_rate_that_validation_chose():
+    from cells import chosen
+    from compare import summary, sweep
+
+    def cell(rate, seed, validation, test):
+        same = {"task": "one step", "method": "lora", "parameters": 10, "magnitudes": 0, "training cpu seconds": 1.0}
+        found = {"validation": {"accuracy": validation, "loss": 1.0}, "test": {"accuracy": test + seed}}
+        return {**same, "rate": rate, "seed": seed, **found}
+
+    rates, looks = (0.1, 0.2, 0.3), ((50, 90), (80, 10), (70, 99))
+    cells = [cell(rate, seed, *look) for rate, look in zip(rates, looks, strict=True) for seed in (0, 1)]
+    (row,) = summary(chosen(cells, ("task", "method")), {"lora": rates})
+    assert (row["rate"], row["test %"], row["min-max"], row["validation %"]) == ("0.2", "10.5", "10.0-11.0", "80.0")
+    assert sweep(cells) == [{"task": "one step", "method": "lora", "0.1": "50.0", "0.2": "80.0", "0.3": "70.0"}]
