@@ -130,7 +130,7 @@ def exact_match(model: PreTrainedModel, task: str, rows: list[Row]) -> float:
 
 
 def learn(
-    task: str, method: str, rate: float, seed: int, rank: int, steps: int, batch: int, scored: int
+    task: str, method: str, rate: float, seed: int, steps: int, rank: int, batch: int, scored: int
 ) -> dict[str, Any]:
     """One cell: what `method` has learned after `steps`, on `scored` problems of validation and of test."""
     began, began_cpu = time.perf_counter(), time.process_time()
@@ -146,8 +146,8 @@ def learn(
         seed=seed,
     )
     return_losses(model)
-    started = time.process_time()
-    losses = train(model, tokens_of(task, "train", ROWS), settings)
+    data, started = tokens_of(task, "train", ROWS), time.process_time()
+    losses = train(model, data, settings)
     training = time.process_time() - started
     loss = mean_loss(model, tokens_of(task, "validation", scored))
     del model.forward  # the class's own again, which gives logits
