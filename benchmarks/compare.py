@@ -2,7 +2,7 @@
 """Every method on the embedded tiny base at equal parameters, on two kinds of word problems.
 
     python benchmarks/compare.py
-    python benchmarks/compare.py --tasks "one step" --methods lora abba --seeds 1 --output runs/compare
+    python benchmarks/compare.py --tasks stories --methods lora abba --seeds 1 --output runs/compare
 
 Adapters have as many factors as LoRA of `--rank`; DoRA has its magnitudes on top, and full fine-tuning trains the whole
 base. For each seed every method sees the same rows in the same order under the same schedule. Each has five learning
@@ -31,10 +31,10 @@ RATES = {
     "rslora": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
     "dora": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
     "hira": (5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
-    "loha": (1e-2, 2e-2, 5e-2, 1e-1, 2e-1),
+    "loha": (5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
     "abba": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
 }
-STEPS = {"one step": 60, "two steps": 120}
+STEPS = {"stories": 60, "bystander": 100}
 COLORS = {
     "full": "#7a7974",
     "lora": "#2a78d6",

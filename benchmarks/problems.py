@@ -1,11 +1,11 @@
-"""Word problems for benchmarks/compare.py, from a seed: the embedded stories, and a longer kind that needs two steps.
+"""Word problems for benchmarks/compare.py, from a seed: the embedded stories, and a harder kind.
 
-* *one step*: start or change unknown, as the quickstart learns it (recipes/assets/stories/make.py);
-* *two steps*: "Ann had some apples. Then Ann bought 5 more. Then Ann lost 3. Now Ann has 17 apples. How many ... at
-  first?", whose answer undoes the last change and then the one before it.
+* *stories*: start or change unknown, as the quickstart learns it (recipes/assets/stories/make.py);
+* *bystander*: the same with a sentence about somebody else in it, at any place: "Ann had some apples. Tom had 8 apples.
+  Then Ann bought 5 more. ..." One has to tell whose number is whose.
 
-The facts (`x op y`) are divided into "train", "validation" and "test"; a problem of a part is made of that part's facts
-alone, in both of its steps, and y + x goes where x + y goes. The base has met all of them in its pretraining.
+The facts (`x op y`) are divided into "train", "validation" and "test"; y + x goes where x + y goes. The base has met
+all of them in its pretraining.
 """
 
 import random
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 ASSETS = Path(__file__).resolve().parents[1] / "recipes/assets"
 sys.path.insert(0, str(ASSETS / "stories"))
@@ -22,14 +21,8 @@ import make as stories  # noqa: E402
 from make import Fact  # noqa: E402
 
 PARTS = ("train", "validation", "test")
-Chain = tuple[Fact, ...]  # the facts of an answer in its order, each of which starts from the result before
+ANSWER_TOKENS = 40  # an answer has at most 31
 Row = dict[str, str]
-
-
-class Task(NamedTuple):
-    steps: int
-    tell: Callable[[random.Random, Chain], Row]
-    answer_tokens: int  # at most
 
 
 def operands(fact: Fact) -> Fact:
@@ -49,47 +42,25 @@ def facts_of(part: str) -> list[Fact]:
     return [fact for fact in facts if (operands(fact) in held_out) == (part == "validation")]
 
 
-@cache
-def chains_of(part: str, steps: int) -> list[Chain]:
-    if steps == 1:
-        return [(fact,) for fact in facts_of(part)]
-    return [
-        (*chain, fact)
-        for chain in chains_of(part, steps - 1)
-        for fact in facts_of(part)
-        if fact[1] == stories.solve(chain[-1])
-    ]
-
-
 def problems(task: str, part: str, count: int, seed: int = 0) -> list[Row]:
-    """`count` problems over shuffled passes of all chains of the part."""
+    """`count` problems over shuffled passes of the part's facts."""
     rng = random.Random(f"{task} {part} {seed}")
-    steps, tell, _ = TASKS[task]
-    chains: list[Chain] = []
-    while len(chains) < count:
-        chains += rng.sample(chains_of(part, steps), len(chains_of(part, steps)))
-    return [tell(rng, chain) for chain in chains[:count]]
+    facts: list[Fact] = []
+    while len(facts) < count:
+        facts += rng.sample(facts_of(part), len(facts_of(part)))
+    return [TASKS[task](rng, fact) for fact in facts[:count]]
 
 
-def _one_step(rng: random.Random, chain: Chain) -> Row:
-    return stories.start_or_change_unknown(rng, *chain)
+def with_bystander(rng: random.Random, fact: Fact) -> Row:
+    row = stories.start_or_change_unknown(rng, fact)
+    sentences = row["question"].split(". ")
+    name, thing = sentences[0].split()[0], sentences[-1].removeprefix("How many ").split()[0]
+    other = rng.choice([other for other in stories.NAMES if other != name])
+    sentences.insert(rng.randrange(len(sentences)), f"{other} had {rng.randint(2, 40)} {thing}")
+    return {**row, "question": ". ".join(sentences)}
 
 
-def _start_unknown(rng: random.Random, chain: Chain) -> Row:
-    name, thing = rng.choice(stories.NAMES), rng.choice(stories.THINGS)
-    changes = [f"Then {name} {_undone_by(rng, fact)}." for fact in reversed(chain)]
-    story = f"{name} had some {thing}. {' '.join(changes)} Now {name} has {chain[0][1]} {thing}."
-    lines = [stories.answer(fact, thing, stories.solve(fact)).split("\n") for fact in chain]
-    said = " ".join(sentence for sentence, _ in lines)
-    return {
-        "question": f"{story} How many {thing} did {name} have at first?",
-        "answer": f"{said}\n{lines[-1][1]}",
-    }
-
-
-def _undone_by(rng: random.Random, fact: Fact) -> str:
-    operation, _, y = fact
-    return f"{rng.choice(stories.LOSSES)[1]} {y}" if operation == "+" else f"{rng.choice(stories.GAINS)[1]} {y} more"
-
-
-TASKS = {"one step": Task(1, _one_step, 40), "two steps": Task(2, _start_unknown, 64)}
+TASKS: dict[str, Callable[[random.Random, Fact], Row]] = {
+    "stories": stories.start_or_change_unknown,
+    "bystander": with_bystander,
+}

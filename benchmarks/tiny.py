@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from problems import ASSETS, TASKS, Row, problems
+from problems import ANSWER_TOKENS, ASSETS, Row, problems
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -116,7 +116,7 @@ def mean_loss(model: nn.Module, data: TokenizedRows) -> float:
     return min(loss, HOPELESS) if math.isfinite(loss) else HOPELESS
 
 
-def exact_match(model: PreTrainedModel, task: str, rows: list[Row]) -> float:
+def exact_match(model: PreTrainedModel, rows: list[Row]) -> float:
     """Percent of problems whose greedy generation has the right answer after ####, all in one batch."""
     questions = [
         Question("gsm8k", number, row["question"], row["answer"], reference_answer("gsm8k", row["answer"]))
@@ -124,7 +124,7 @@ def exact_match(model: PreTrainedModel, task: str, rows: list[Row]) -> float:
     ]
     prompts = encode_prompt(tokenizer(), [question.instruction for question in questions])
     everything = [list(range(len(prompts)))]
-    found = generate_greedy(model, tokenizer(), prompts, everything, TASKS[task].answer_tokens)
+    found = generate_greedy(model, tokenizer(), prompts, everything, ANSWER_TOKENS)
     texts = [text for _, text in sorted(found)]
     return 100 * statistics.mean(grade.strict_right for grade in grade_all(questions, texts, max_ungraded=0))
 
@@ -151,7 +151,7 @@ def learn(
     training = time.process_time() - started
     loss = mean_loss(model, tokens_of(task, "validation", scored))
     del model.forward  # the class's own again, which gives logits
-    accuracy = {part: exact_match(model, task, problems(task, part, scored)) for part in ("validation", "test")}
+    accuracy = {part: exact_match(model, problems(task, part, scored)) for part in ("validation", "test")}
     return {
         "task": task,
         "method": method,

@@ -170,18 +170,18 @@ def test_compare_continues(tmp_path):
     assert (finished := run(tmp_path, "compare", *COMPARE)).returncode == 0, finished.stderr[-3000:]
     path = tmp_path / "compare.json"
     record = json.loads(path.read_text())
-    assert len(record["cells"]) == 2 * 2 and record["settings"]["steps"] == dict.fromkeys(("one step", "two steps"), 3)
+    assert len(record["cells"]) == 2 * 2 and record["settings"]["steps"] == dict.fromkeys(("stories", "bystander"), 3)
     for cell in record["cells"].values():
         assert cell["steps"] == 3 and len(cell["curve"]) == 1 and 0 < cell["curve"][0] < 10
     assert len({cell["parameters"] for cell in record["cells"].values()}) == 1
     table = (tmp_path / "compare.md").read_text()
     assert table.count("\n|") == 2 * (2 + 4) and (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
-    lost = record["cells"].pop("two steps, abba, rate 0.005, seed 0")
+    lost = record["cells"].pop("bystander, abba, rate 0.005, seed 0")
     path.write_text(json.dumps(record))
     assert "3 of 4 cells are there" in run(tmp_path, "compare", *COMPARE).stdout
     again = json.loads(path.read_text())["cells"]
-    made = again.pop("two steps, abba, rate 0.005, seed 0")
+    made = again.pop("bystander, abba, rate 0.005, seed 0")
     measured = ("validation", "test", "curve", "parameters")
     assert [made[key] for key in measured] == [lost[key] for key in measured] and again == record["cells"]
 
@@ -204,33 +204,31 @@ def test_budgets_are_equal_but_for_doras_magnitudes():
 def test_parts_share_no_fact():
     from problems import PARTS, TASKS, operands, problems
 
-    for task, (steps, *_) in TASKS.items():
+    for task in TASKS:
         facts, questions = {}, {}
         for part in PARTS:
             rows = problems(task, part, 3200 if part == "train" else 128)
-            said = [re.findall(r"<<(\d+)([+-])(\d+)=(\d+)>>", row["answer"]) for row in rows]
-            assert all(len(calculations) == steps for calculations in said)
-            facts[part] = {operands((op, int(x), int(y))) for calculations in said for x, op, y, _ in calculations}
+            answers = [re.match(r"There are .* = <<(\d+)([+-])(\d+)=(\d+)>>", row["answer"]).groups() for row in rows]
+            facts[part] = {operands((op, int(x), int(y))) for x, op, y, _ in answers}
             questions[part] = {row["question"] for row in rows}
-            for row, calculations in zip(rows, said, strict=True):
-                assert all(eval(f"{x}{op}{y}") == int(z) for x, op, y, z in calculations)
-                assert row["answer"].endswith(f"#### {calculations[-1][3]}")
-                assert calculations[0][0] in re.findall(r"\d+", row["question"])
+            for row, (x, op, y, result) in zip(rows, answers, strict=True):
+                assert int(result) == int(x) + int(op + y) and row["answer"].endswith(f"#### {result}")
+                assert {x, y} <= set(re.findall(r"\d+", row["question"]))
         for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
             assert not facts[one] & facts[other] and not questions[one] & questions[other]
 
 
-def test_two_steps_undo_each_other():
-    """The start that the answer finds leads to the end that the story tells."""
+def test_a_bystander_is_somebody_else_anywhere():
     from problems import problems
 
-    for row in problems("two steps", "test", 64):
-        have = int(row["answer"].split("#### ")[1])
-        changes = re.findall(r"Then \w+ \w+(?: away)? (\d+)( more)?\.", row["question"])
-        assert len(changes) == 2
-        for number, more in changes:
-            have += int(number) if more else -int(number)
-        assert have == int(re.search(r"has (\d+)", row["question"])[1])
+    places = set()
+    for row in problems("bystander", "test", 64):
+        *told, asked = row["question"].split(". ")
+        name = re.match(r"How many \w+ did (\w+) ", asked)[1]
+        others = [place for place, sentence in enumerate(told) if name not in sentence]
+        assert len(told) == 4 and len(others) == 1 and re.fullmatch(r"\w+ had \d+ \w+\.?", told[others[0]])
+        places.add(others[0])
+    assert places == {0, 1, 2, 3}
 
 
 def test_compare_reports_the_test_at_the_rate_that_validation_chose():
@@ -238,7 +236,7 @@ def test_compare_reports_the_test_at_the_rate_that_validation_chose():
     from compare import summary, sweep
 
     def cell(rate, seed, validation, test):
-        same = {"task": "one step", "method": "lora", "parameters": 10, "magnitudes": 0, "training cpu seconds": 1.0}
+        same = {"task": "stories", "method": "lora", "parameters": 10, "magnitudes": 0, "training cpu seconds": 1.0}
         found = {"validation": {"accuracy": validation, "loss": 1.0}, "test": {"accuracy": test + seed}}
         return {**same, "rate": rate, "seed": seed, **found}
 
@@ -246,4 +244,4 @@ def test_compare_reports_the_test_at_the_rate_that_validation_chose():
     cells = [cell(rate, seed, *look) for rate, look in zip(rates, looks, strict=True) for seed in (0, 1)]
     (row,) = summary(chosen(cells, ("task", "method")), {"lora": rates})
     assert (row["rate"], row["test %"], row["min-max"], row["validation %"]) == ("0.2", "10.5", "10.0-11.0", "80.0")
-    assert sweep(cells) == [{"task": "one step", "method": "lora", "0.1": "50.0", "0.2": "80.0", "0.3": "70.0"}]
+    assert sweep(cells) == [{"task": "stories", "method": "lora", "0.1": "50.0", "0.2": "80.0", "0.3": "70.0"}]
