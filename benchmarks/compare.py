@@ -34,7 +34,7 @@ RATES = {
     "loha": (5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
     "abba": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
 }
-STEPS = {"stories": 60, "bystander": 100}
+STEPS = {"stories": 60, "bystander": 140}
 COLORS = {
     "full": "#7a7974",
     "lora": "#2a78d6",
