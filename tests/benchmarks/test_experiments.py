@@ -163,7 +163,7 @@ def test_the_rate_is_chosen_on_validation_rows():
 
 
 COMPARE = ["--methods", "lora", "abba", "--rates", "5e-3", "--seeds", "1", "--steps", "3"]
-COMPARE += ["--batch", "4", "--scored", "4"]
+COMPARE += ["--batch", "4", "--scored", "4", "--processes", "1"]
 
 
 def test_compare_continues(tmp_path):
