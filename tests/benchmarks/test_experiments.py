@@ -186,6 +186,13 @@ def test_compare_continues(tmp_path):
     assert [made[key] for key in measured] == [lost[key] for key in measured] and again == record["cells"]
 
 
+def test_a_cell_that_diverges_is_a_result():
+    from tiny import HOPELESS, learn
+
+    cell = learn("stories", "abba", 1e30, 0, steps=4, rank=4, batch=2, scored=2)
+    assert 1 <= cell["steps"] < 4 and cell["validation"] == {"accuracy": 0, "loss": HOPELESS}
+
+
 def test_budgets_are_equal_but_for_doras_magnitudes():
     from compare import RATES
     from tiny import adapted
