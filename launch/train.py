@@ -24,7 +24,7 @@ from common import RECIPES
 from scoring import refuse_score, score
 
 from abba.sharded.ranks import Ranks, ranks_from_environment
-from abba.training.failures import World, fail, wait_for_end
+from abba.training.failures import World, exit_code_of, fail, wait_for_end
 from abba.training.recipe import Recipe, load_recipe
 from abba.training.run_directory import RunDirectory
 from abba.training.startup import Startup
@@ -274,7 +274,7 @@ def main() -> int:
         os._exit(130)  # the way out through the libraries may wait for the other ranks
     except Exception as error:
         if watch is not None:
-            watch.stop(getattr(error, "exit_code", 1))  # from here on this rank ends by itself
+            watch.stop(exit_code_of(error, world))  # from here on this rank ends by itself
         fail(error, world)
     return 0
 
