@@ -156,5 +156,5 @@ def test_a_finished_run_is_only_finished_again(lab, trial, every_step):
         shutil.rmtree(adapter.parent)
         finished, _ = lab.run(every_step, 1)
         assert finished[0].returncode == 0, finished[0].stderr
-        assert "nothing is left to train" in finished[0].stdout and "model:" not in finished[0].stdout
+        assert "nothing is left to train" in finished[0].stdout and "parameters in" not in finished[0].stdout
         assert adapter.read_bytes() == before
