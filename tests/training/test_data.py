@@ -41,13 +41,17 @@ def prepared(tmp_path, tokenizer, where, max_length=512, max_bad_rows=0):
     return TokenizedRows(path)
 
 
+def prompt_length(data, row):
+    return int(data.supervised(row)[0])
+
+
 IGNORED = -100
 ROW = {"question": "Ann has 3 pens. How many?", "answer": "There are 3.\n#### 3"}
 
 
 def test_an_example_is_bos_prompt_response_eos(tmp_path, tokenizer):
     data = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW)))
-    ids, prompt = data.input_ids(0).tolist(), data.prompt_length(0)
+    ids, prompt = data.input_ids(0).tolist(), prompt_length(data, 0)
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[1:prompt]) == render_prompt(ROW["question"])
@@ -87,7 +91,7 @@ def test_targets_are_the_response_and_its_eos_only(tmp_path, tokenizer, lines):
     for number, line in enumerate(lines):
         start = 0
         for row in line:
-            stop, prompt = start + data.length(row), data.prompt_length(row)
+            stop, prompt = start + data.length(row), prompt_length(data, row)
             ids, targets = batch.input_ids[number, start:stop], all_targets[number, start:stop]
             assert torch.equal(ids, data.input_ids(row).long())
             assert batch.position_ids[number, start:stop].tolist() == list(range(stop - start))
@@ -151,8 +155,8 @@ def test_input_fields_are_appended_and_long_rows_cut_and_counted(tmp_path, token
         write_rows(tmp_path, row), instruction_field="instruction", input_field="input", response_field="response"
     )
     data = prepared(tmp_path, tokenizer, where)
-    assert "Add.\n3 and 4" in tokenizer.decode(data.input_ids(0)[: data.prompt_length(0)].tolist())
-    limit = data.prompt_length(0) + 1
+    assert "Add.\n3 and 4" in tokenizer.decode(data.input_ids(0)[: prompt_length(data, 0)].tolist())
+    limit = prompt_length(data, 0) + 1
     short = prepared(tmp_path, tokenizer, where, limit)
     assert len(short.input_ids(0)) == limit and short.notes == [f"cut 1 of 1 rows to data.max_length={limit} tokens"]
 

@@ -10,6 +10,7 @@ import abba.training.prepare
 from abba.errors import CheckpointError
 from abba.training.batches import BatchPlan, collate, lines_of
 from abba.training.data_report import data_report, padding_share, percentile
+from abba.training.mixture import Mixture
 from abba.training.prepare import prepare
 from abba.training.recipe import load_recipe
 from abba.training.tokens import TokenizedRows, write_tokens
@@ -49,14 +50,14 @@ def test_runs_on_the_same_data_tokenise_once(recipe, tokenised, tmp_path):
     copy.write_bytes((ROOT / "recipes/assets/stories/train.jsonl").read_bytes())
     for overrides in (["output_dir=runs/b", "train.learning_rate=1e-5"], ["data.eval_rows=9"], [f"data.path={copy}"]):
         again = prepare(recipe(*overrides), True, print)[2]
-        assert again.sha256 == first.sha256 and again.path == first.path
+        assert again.sha256 == first.sha256 and again.parts[0].path == first.parts[0].path
     assert len(tokenised) == 1
     assert prepare(recipe("data.max_rows=81"), True, print)[2].sha256 != first.sha256
     assert len(tokenised) == 2
 
 
 def test_every_damage_is_seen_and_mended(recipe, tokenised):
-    path = prepare(recipe(), True, print)[2].path
+    path = prepare(recipe(), True, print)[2].parts[0].path
     right, draw = path.read_bytes(), random.Random(7)
     for trial in range(200):
         wrong = bytearray(right)
@@ -78,7 +79,7 @@ def test_every_damage_is_seen_and_mended(recipe, tokenised):
 
 @pytest.mark.parametrize("start", ["nothing", "damaged"])
 def test_the_other_ranks_wait_for_rank_0(recipe, tokenised, start):
-    path = prepare(recipe(), True, print)[2].path
+    path = prepare(recipe(), True, print)[2].parts[0].path
     right = path.read_bytes()
     path.unlink() if start == "nothing" else path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     found = []
@@ -95,19 +96,21 @@ def test_a_rank_that_sees_another_disk_says_so(recipe, monkeypatch):
     monkeypatch.setattr(abba.training.prepare, "SHARED_WITHIN_SECONDS", 0.3)
     with pytest.raises(CheckpointError, match=r"data\.prepared_path .*put it on storage that all nodes share"):
         prepare(recipe(), False, print)
-    path = prepare(recipe(), True, print)[2].path
+    path = prepare(recipe(), True, print)[2].parts[0].path
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="tokens-"):
         prepare(recipe(), False, print)
 
 
 def rows_of(tmp_path, uncut, prompts, max_length, left_out=None):
-    """A tokens file of rows with these lengths and prompts."""
+    """Rows with these lengths and prompts, from a tokens file."""
     lengths = torch.tensor(uncut).clamp(max=max_length)
     tensors = {"input_ids": torch.arange(int(lengths.sum()), dtype=torch.int32), "stops": lengths.cumsum(0)}
-    tensors |= {"prompts": torch.tensor(prompts), "sources": torch.arange(len(uncut)), "uncut": torch.tensor(uncut)}
-    write_tokens(tmp_path / "tokens-x.safetensors", tensors, left_out or {})
-    return TokenizedRows(tmp_path / "tokens-x.safetensors")
+    pairs = zip(lengths.tolist(), prompts, strict=True)
+    masks = [torch.arange(length) >= prompt for length, prompt in pairs]
+    tensors |= {"supervised": torch.cat(masks).byte(), "sources": torch.arange(len(uncut))}
+    write_tokens(tmp_path / "tokens-x.safetensors", {**tensors, "uncut": torch.tensor(uncut)}, left_out or {})
+    return Mixture([TokenizedRows(tmp_path / "tokens-x.safetensors")], ["x"], [1.0])
 
 
 def test_the_reports_numbers_are_those_of_a_dataset_made_by_hand(tmp_path):
