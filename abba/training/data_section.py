@@ -15,6 +15,7 @@ SHARED = ("name", "revision", "split", *QUESTIONS, "input_field", "messages_fiel
 class RowsSection(Section):
     """Keys of a source. Rows are either an instruction and its response, or a conversation in `messages_field`."""
 
+    path: Text | None = None  # a JSON, JSONL or Parquet file, or a Hub dataset
     name: Text | None = None  # a Hub dataset's configuration
     revision: Text | None = None
     split: Text = "train"
@@ -52,7 +53,6 @@ class SourceSection(RowsSection):
 
 
 class DataSection(RowsSection):
-    path: Text | None = None  # a JSON, JSONL or Parquet file, or a Hub dataset
     sources: Annotated[list[SourceSection], Field(min_length=1, max_length=100)] | None = None  # instead of path
     prompt: Literal[PROMPT_NAMES] = DEFAULT_PROMPT  # around an instruction, in training and in scoring
     max_length: Annotated[int, Field(ge=8)] = 512

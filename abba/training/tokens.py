@@ -1,8 +1,8 @@
 """Rows to tokens, once for all ranks and all runs on the same data.
 
-The tokens of a source lie in one safetensors file, which says its own hash: `input_ids`, all rows joined; whether each
-is `supervised` (1: learned, 0: of a prompt); and for each row its `stops` (end in `input_ids`), `sources` (row number in
-the dataset) and `uncut` (tokens before max_length cut it).
+The tokens of a source lie in one safetensors file, which says its own hash: `input_ids`, all rows joined; `supervised`,
+whether each is learned (1) or of a prompt (0); and for each row its `stops` (end in `input_ids`), `sources` (its number
+in the dataset) and `uncut` (tokens before max_length cut it).
 """
 
 import hashlib

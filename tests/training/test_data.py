@@ -104,6 +104,43 @@ def test_targets_are_the_response_and_its_eos_only(tmp_path, tokenizer, lines):
     assert len(batch.targets) == data.supervised_tokens([0, 1])
 
 
+TALK = [("user", "3 and 4?"), ("assistant", "7"), ("user", "and 5?"), ("assistant", "12\n#### 12")]
+TALK = [{"role": role, "content": content} for role, content in TALK]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<<' + m.role + '>>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+)
+TEMPLATE += "{% if add_generation_prompt %}{{ '<<assistant>>\n' }}{% endif %}"
+
+
+def conversations(tmp_path, *talks, max_length=512):
+    """Tokens of conversations, by a copy of the tokenizer with a template."""
+    chatty = AutoTokenizer.from_pretrained(TINY)
+    chatty.chat_template = TEMPLATE
+    path = write_rows(tmp_path, *({"messages": talk} for talk in talks))
+    where = source(path, instruction_field=None, response_field=None, messages_field="messages")
+    return prepared(tmp_path, chatty, where, max_length)
+
+
+@pytest.mark.parametrize("lines", [[[0], [1]], [[0, 1]], [[1, 0]]], ids=str)
+def test_targets_of_conversations_are_the_assistants_turns(tmp_path, tokenizer, lines):
+    data = conversations(tmp_path, TALK, TALK[:2])
+    batch = collate(data, lines, tokenizer.eos_token_id, torch.device("cpu"))
+    flat = batch.input_ids.flatten()
+    assert torch.equal(flat[batch.predictors + 1], batch.targets), "each position predicts the next token"
+    texts = {0: "7</s>12\n#### 12</s>", 1: "7</s>"}
+    assert tokenizer.decode(batch.targets.tolist()) == "".join(texts[row] for row in batch.rows)
+    assert len(batch.targets) == data.supervised_tokens([0, 1]) == data.learned.sum()
+
+
+def test_a_conversation_is_cut_and_one_whose_answers_are_cut_away_is_bad(tmp_path):
+    whole = conversations(tmp_path, TALK)
+    limit = whole.supervised(0)[1] + 3  # in the second question
+    cut = conversations(tmp_path, TALK, max_length=int(limit))
+    assert cut.length(0) == limit and cut.uncut[0] == whole.length(0) and len(cut.supervised(0)) == 2
+    with pytest.raises(DataError, match="all labels are masked"):
+        conversations(tmp_path, TALK, max_length=int(whole.supervised(0)[0]))
+
+
 def test_padding_does_not_change_the_loss(tmp_path, tokenizer):
     data = prepared(tmp_path, tokenizer, source(STORIES / "test.jsonl", max_rows=4))
     table = torch.nn.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)

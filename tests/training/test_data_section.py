@@ -48,6 +48,7 @@ def test_sources_as_an_override(tmp_path):
     data = load(tmp_path, GOOD, *wanted).data
     assert data.weights == [1.0, 0.5] and data.prompt == "alpaca"
     assert load_recipe("quickstart", wanted, SHIPPED).data.path is None
+    assert load(tmp_path, GOOD, *wanted, "data.sources.1.weight=3", "data.sources.0.name=x").data.weights == [1.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,15 @@ def test_sources_as_an_override(tmp_path):
         (["data.path=", "data.sources=[{path: a, wieght: 2}]"], "data.sources.0.wieght: unknown key; did you mean wei"),
         (["data.path=", "data.sources=[{path: a, packing: true}]"], "data.sources.0.packing: unknown key"),
         (["data.weight=2"], "data.weight: unknown key"),
-        (["data.sources.weight=2"], "data.sources"),
+        (
+            ["data.sources=[{path: a}]", "data.sources.1.weight=2"],
+            "1 is none of the 1 items, which are numbered from 0",
+        ),
+        (
+            ["data.sources=[{path: a}]", "data.sources.weight=2"],
+            "sources is a list; name a key of one of its items, su",
+        ),
+        (["data.sources=[a]", "data.sources.0.weight=2"], "0 is a value, not a section"),
         (
             ["data.messages_field=m", "data.response_field=r"],
             "data: messages_field=m holds whole conversations, so",
