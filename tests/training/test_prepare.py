@@ -10,7 +10,7 @@ import abba.training.prepare
 from abba.errors import CheckpointError
 from abba.training.batches import BatchPlan, collate, lines_of
 from abba.training.data_report import data_report, padding_share, percentile
-from abba.training.mixture import Mixture
+from abba.training.mixture import Mixture, epoch_rows
 from abba.training.prepare import prepare
 from abba.training.recipe import load_recipe
 from abba.training.tokens import TokenizedRows, write_tokens
@@ -125,6 +125,19 @@ def test_the_reports_numbers_are_those_of_a_dataset_made_by_hand(tmp_path):
     assert padding == "padding: 64.0% of what is computed, at 20 rows a micro-batch"  # 360 of 20 x 50
     assert steps == "steps: 3 of 20 rows, 3.00 epochs"
     assert data.notes == ["left out 3 rows: answer is empty", "cut 2 of 20 rows to data.max_length=50 tokens"]
+
+
+def test_the_report_of_a_mixture_counts_an_epoch(tmp_path):
+    parts = [rows_of(tmp_path, [10] * 10, [4] * 10, 50).parts[0], rows_of(tmp_path, [30] * 4, [9] * 4, 50).parts[0]]
+    data = Mixture(parts, ["a.jsonl", "b.jsonl"], [0.5, 2.0])
+    plan = BatchPlan(list(range(14)), 13, 13, 0, None, epoch_rows(data, list(range(14)), 0))
+    rows, first, second, _, tokens, padding, steps = data_report(data, plan, 2, None)
+    assert rows == "rows: 14 to train on, 0 held out, 0 left out, 0 cut"
+    assert first == "a.jsonl: 10 rows to train on, weight 0.5: 5 of an epoch's 13, 38.5%"
+    assert second == "b.jsonl: 4 rows to train on, weight 2: 8 of an epoch's 13, 61.5%"
+    assert tokens == "tokens: 290; 68.3% of them are learned from, the others are prompt"  # 5 x 10 + 8 x 30; 30 + 168
+    assert padding == "padding: 25.6% of what is computed, at 13 rows a micro-batch"  # 290 of 13 x 30
+    assert steps == "steps: 2 of 13 rows, 2.00 epochs"
 
 
 def test_the_padding_is_that_of_the_batches_which_are_trained_on(tmp_path):
