@@ -107,6 +107,8 @@ class ChatTemplate:
         whole, learned = encoded[-1], []
         for before, after in zip(encoded[::2], encoded[1::2], strict=True):
             start, stop = len(before), self._end_of_turn(after)
+            if whole[:stop] != after[:stop] and after[stop - 1] == self._tokenizer.eos_token_id:
+                stop = self._end_of_turn(after[: stop - 1])  # an EOS that Phi's template writes where all ends
             if whole[:start] != before or whole[:stop] != after[:stop]:
                 raise ValueError("the chat template writes a turn otherwise, or in other tokens, when more follows")
             if stop <= start:

@@ -9,19 +9,25 @@ from abba.text.encode import encode_prompt
 from abba.text.examples import examples
 from abba.text.prompt import CHAT
 from abba.text.rows import BadRows
+from abba.training.tokens import tokens_path
 from tests.distributed.ranks import TINY
 from tests.training.test_data import source, write_rows
 
 TURNS = "{{ bos_token }}{% for m in messages %}{{ '<<' + m.role + '>>\n' + m.content }}"
 PROMPT = "{% if add_generation_prompt %}{{ '<<assistant>>\n' }}{% endif %}"
 TEMPLATES = {
-    # EOS after every turn, as Zephyr's; after the assistant's alone, as Mistral's; another token, as Gemma's; none.
+    # EOS after every turn, as Zephyr's; after the assistant's alone, as Mistral's; another token, as Gemma's; that, and
+    # EOS where all ends, as Phi's; none.
     "eos": TURNS + "{{ eos_token + '\n' }}{% endfor %}" + PROMPT,
     "eos of the assistant": TURNS + "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}" + PROMPT,
     "own token": TURNS + "{{ '<|end|>\n' }}{% endfor %}" + PROMPT,
+    "eos of the whole": TURNS
+    + "{{ '<|end|>' }}{% endfor %}"
+    + PROMPT.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}"),
     "none": TURNS + "{{ '\n' }}{% endfor %}" + PROMPT,
 }
-ENDS = {"eos": "</s>", "eos of the assistant": "</s>", "own token": "<|end|>", "none": "\n"}
+ENDS = {"eos": "</s>", "eos of the assistant": "</s>", "own token": "<|end|>"}
+ENDS |= {"eos of the whole": "<|end|>", "none": "\n"}
 TALK = [
     {"role": "system", "content": "Count."},
     {"role": "user", "content": "3 and 4?"},
@@ -52,7 +58,7 @@ def test_every_turn_of_the_assistant_is_learned_with_its_end_and_nothing_else(ki
     assert ids[-1] == tokenizer.eos_token_id and learned[-1][1] == len(ids)
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
     masked = tokenizer.decode(ids[: learned[0][0]])
-    end = {"eos": "</s>\n", "own token": "<|end|>\n"}.get(kind, "\n")
+    end = {"eos": "</s>\n", "own token": "<|end|>\n", "eos of the whole": "<|end|>"}.get(kind, "\n")
     assert "Count." in masked and masked.endswith(f"3 and 4?{end}<<assistant>>\n")
     whole = tokenizer.apply_chat_template([{**m, "content": m["content"].strip()} for m in TALK])["input_ids"]
     own = len(ids) - (ENDS[kind] != "</s>")
@@ -152,3 +158,15 @@ def test_a_tokenizer_without_a_template_says_so():
     with pytest.raises(RecipeError, match=r"has no chat template; put a chat_template\.jinja beside it") as refused:
         encode_prompt(AutoTokenizer.from_pretrained(TINY), ["a"], CHAT)
     assert "\n" not in str(refused.value)
+
+
+def test_the_tokens_name_depends_on_the_field_and_the_template(tmp_path):
+    path = write_rows(tmp_path, {"messages": TALK, "other": TALK, "question": "a", "answer": "b"})
+    talks = {"instruction_field": None, "response_field": None}
+    names = {
+        tokens_path(source(path, **changes), 512, 0, with_template(TEMPLATES[kind]), tmp_path, prompt)
+        for kind in ("eos", "none")
+        for changes in ({**talks, "messages_field": "messages"}, {**talks, "messages_field": "other"}, {})
+        for prompt in (CHAT, "plain")
+    }
+    assert len(names) == 2 * 2 + 2 + 1, "conversations and the prompt chat go with the template, plain does not"

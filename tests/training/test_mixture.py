@@ -93,8 +93,8 @@ def test_kills_and_other_world_sizes_change_no_row_of_a_mixture(lives, seed):
 
 
 def test_epochs_and_steps_follow_the_weighted_length():
-    plan, _ = plan_of([10, 20], [2.0, 0.5])
-    assert plan.rows_per_epoch == 30 and plan.steps_for(1.0) == 8 and plan.epoch_at(15) == 2.0
+    plan, _ = plan_of([10, 20], [3.0, 0.5])
+    assert plan.rows_per_epoch == 40 and plan.steps_for(1.0) == 10 and plan.epoch_at(15) == 1.5
     assert plan_of([2, 2], [3.0, 1.0], global_batch=8)[0].steps_for(1.0) == 1, "a few rows often fill a batch"
     with pytest.raises(DataError, match=r"2 training rows are left, fewer than train\.global_batch_size=4"):
         plan_of([2, 2], [0.5, 0.5])
