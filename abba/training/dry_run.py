@@ -14,9 +14,9 @@ from abba.adapter.inject import find_targets
 from abba.base_model import DTYPES, build_empty, choose_attention, find_base, load_config, load_tokenizer
 from abba.training.data_report import data_report
 from abba.training.mixture import Mixture
-from abba.training.prepare import accumulation_steps, plan_batches, refuse_the_same_twice, row_sources, source_names
+from abba.training.prepare import accumulation_steps, plan_batches, row_sources, source_names, tokens_paths
 from abba.training.recipe import Recipe
-from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
+from abba.training.tokens import TokenizedRows, prepare_tokens
 
 
 def dry_run(recipe: Recipe, world_size: int) -> None:
@@ -65,11 +65,7 @@ def _tokenised(recipe: Recipe, tokenizer: Any) -> Mixture:
     """The rows, without a file that stays."""
     sources, limits = row_sources(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
     with tempfile.TemporaryDirectory() as scratch:
-        paths = {
-            section: tokens_path(source, *limits, tokenizer, Path(scratch), recipe.data.prompt)
-            for section, source in sources.items()
-        }
-        refuse_the_same_twice(paths)
+        paths = tokens_paths(recipe.data, tokenizer, Path(scratch))
         for section, source in sources.items():
             prepare_tokens(source, *limits, tokenizer, paths[section], recipe.data.prompt)
         parts = [TokenizedRows(path) for path in paths.values()]

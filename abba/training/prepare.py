@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from abba.base_model import find_base, hub_model, load_config, load_tokenizer
 from abba.errors import CheckpointError, RecipeError
@@ -83,15 +84,13 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     vocabulary = load_config(base).get_text_config().vocab_size
     tokenizer = load_tokenizer(base)
     sources, limits = row_sources(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
-    directory, prompt = Path(recipe.data.prepared_path), recipe.data.prompt
-    paths = {section: tokens_path(source, *limits, tokenizer, directory, prompt) for section, source in sources.items()}
-    refuse_the_same_twice(paths)
+    paths = tokens_paths(recipe.data, tokenizer, Path(recipe.data.prepared_path))
     parts = []
     for section, source in sources.items():
         path = paths[section]
         part = (_found(path, say) if path.is_file() else None) if is_main else _from_rank_0(path)
         if part is None:
-            prepare_tokens(source, *limits, tokenizer, path, prompt)
+            prepare_tokens(source, *limits, tokenizer, path, recipe.data.prompt)
             say(f"data: tokenised into {path}")
             part = TokenizedRows(path)
         parts.append(part)
@@ -119,13 +118,21 @@ def source_names(sources: Mapping[str, RowSource]) -> list[str]:
     ]
 
 
-def refuse_the_same_twice(paths: Mapping[str, Path]) -> None:
-    """Raises RecipeError: rows that were held out of one source would be trained on in the other."""
-    seen: dict[Path, str] = {}
-    for section, path in paths.items():
-        if path in seen:
-            raise RecipeError(f"{section}: has the same rows as {seen[path]}; give that one a weight instead")
-        seen[path] = section
+def tokens_paths(data: DataSection, tokenizer: Any, directory: Path) -> dict[str, Path]:
+    """Where the tokens of each source belong.
+
+    Raises:
+        RecipeError: two sources have the same rows: what is held out of one would be trained on in the other.
+        AbbaError: see `tokens_path`.
+    """
+    paths: dict[str, Path] = {}
+    for section, source in row_sources(data).items():
+        path = tokens_path(source, data.max_length, data.max_bad_rows, tokenizer, directory, data.prompt)
+        for other, seen in paths.items():
+            if path == seen:
+                raise RecipeError(f"{section}: has the same rows as {other}; give that one a weight instead")
+        paths[section] = path
+    return paths
 
 
 def _found(path: Path, say: Callable[[str], None]) -> TokenizedRows | None:
