@@ -15,7 +15,8 @@ help:
 	@echo "make test-slurm   a real SLURM cluster on this machine, and mpirun; installed where root and apt are there"
 	@echo "make bench        time, memory and traffic beside PEFT's and transformers', half an hour on two cores that do"
 	@echo "                  nothing else; ROWS=gsm8k/train.jsonl packs these rows; writes benchmarks/results"
-	@echo "make experiments  LoRA and ABBA at equal parameters: tables and pictures to benchmarks/results; goes on where it was"
+	@echo "make experiments  ABBA, LoRA and others at equal parameters: matrices, digits, and word problems for the tiny model;"
+	@echo "                  tables and pictures to benchmarks/results; goes on where it was"
 	@echo "make lint         ruff and the import rules"
 
 # torch first and alone: a later resolution must not replace the build that suits this machine.
@@ -56,6 +57,7 @@ bench: $(INSTALLED)
 experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/reconstruction.py
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/compare.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

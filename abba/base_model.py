@@ -32,6 +32,7 @@ disable_progress_bar()
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPE_CHOICES = ("auto", *DTYPES)
 
 
 def hub_model(name_or_path: str, revision: str | None, setting: str = "model.name_or_path") -> HubRepository | None:
@@ -146,6 +147,27 @@ def load_whole(directory: Path, dtype: torch.dtype, attention: str, **placement:
     if missing:  # filled with random values
         raise CheckpointError(f"{directory}: {len(missing)} tensors of the model are missing, such as {missing[0]}")
     return model.eval()
+
+
+def choose_dtype(wanted: str) -> tuple[str, str]:
+    """(name in DTYPES, what the user has to know, or "") for `wanted`, which may be "auto": what is fast here."""
+    slow = not _has_fast_bfloat16()
+    if wanted == "auto" and slow:
+        return (
+            "float32",
+            "float32, because this CPU has no instructions for bfloat16 and takes some fifty times as long",
+        )
+    if wanted == "bfloat16" and slow:
+        return wanted, (
+            "WARNING: this CPU has no instructions for bfloat16 and takes some fifty times as long as in float32; "
+            "set the dtype to auto"
+        )
+    return ("bfloat16" if wanted == "auto" else wanted), ""
+
+
+def _has_fast_bfloat16() -> bool:
+    mkldnn = torch.backends.mkldnn.is_available()
+    return torch.cuda.is_available() or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def choose_attention(config: PretrainedConfig, wanted: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:

@@ -1,16 +1,18 @@
 """Experiments of many independent cells: over processes of one thread each, every finished cell kept at once.
 
 The same command continues what was interrupted. The file is replaced as a whole, so that it is never half-written.
+Of cells that train at several rates `chosen` keeps those at the best one.
 """
 
 import json
 import multiprocessing
 import os
 import shlex
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ import torch
 from measure import machine
 
 from abba.errors import CheckpointError, exit_with
+
+Cell = dict[str, Any]
 
 
 def run_cells(
@@ -55,6 +59,31 @@ def run_cells(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return {name: done[name] for name in cells}
+
+
+def chosen(cells: Sequence[Cell], keys: Sequence[str]) -> dict[tuple, list[Cell]]:
+    """The values of `keys` -> the cells that have them, one for each seed, at their best rate."""
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell[key] for key in keys), []).append(cell)
+    best = {key: best_rate(group) for key, group in groups.items()}
+    return {key: [cell for cell in group if cell["rate"] == best[key]] for key, group in groups.items()}
+
+
+def best_rate(cells: Sequence[Cell]) -> float:
+    """The rate with the best validation accuracy, averaged over seeds; the lower loss where that is the same."""
+
+    def quality(rate: float) -> tuple[float, float]:
+        looks = [cell["validation"] for cell in cells if cell["rate"] == rate]
+        return statistics.mean(look["accuracy"] for look in looks), -statistics.mean(look["loss"] for look in looks)
+
+    return max(dict.fromkeys(cell["rate"] for cell in cells), key=quality)
+
+
+def rate_label(rate: float, rates: Collection[float]) -> str:
+    """The best rate, and whether a better one may lie beyond those that were tried."""
+    edge = len(rates) > 2 and rate in (min(rates), max(rates))
+    return f"{rate:g}{' (edge)' if edge else ''}"
 
 
 def _end_with(parent: int) -> None:

@@ -17,47 +17,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cells import run_cells, write_whole
+from cells import Cell, chosen, rate_label, run_cells, write_whole
 from measure import RESULTS, as_table, machine
 from toy import adapt
 
 GOALS = ("all", "new")
 COLORS = {"full": "#7a7974", "lora": "#2a78d6", "abba": "#eb6834"}
-Cell = dict[str, Any]
-
-
-def best_rate(cells: list[Cell]) -> float:
-    """The rate with the best validation accuracy, averaged over seeds; the lower loss where that is the same."""
-
-    def quality(rate: float) -> tuple[float, float]:
-        looks = [cell["validation"] for cell in cells if cell["rate"] == rate]
-        return statistics.mean(look["accuracy"] for look in looks), -statistics.mean(look["loss"] for look in looks)
-
-    return max(dict.fromkeys(cell["rate"] for cell in cells), key=quality)
-
-
-def chosen(cells: list[Cell]) -> dict[tuple[str, int, str], list[Cell]]:
-    """(goal, rank, method) -> its cells, one for each seed, at its best rate."""
-    groups: dict[tuple[str, int, str], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell["goal"], cell["rank"], cell["method"]), []).append(cell)
-    best = {key: best_rate(group) for key, group in groups.items()}
-    return {key: [cell for cell in group if cell["rate"] == best[key]] for key, group in groups.items()}
 
 
 def summary(groups: dict[tuple[str, int, str], list[Cell]], rates: list[float]) -> list[dict[str, Any]]:
     rows = []
     for (goal, rank, method), group in groups.items():
         test = [cell["test"]["accuracy"] for cell in group]
-        rate = group[0]["rate"]
-        edge = len(rates) > 2 and rate in (min(rates), max(rates))
         rows.append(
             {
                 "goal": goal,
                 "method": method,
                 "rank": rank or "",
                 "parameters": f"{group[0]['parameters']:,}",
-                "rate": f"{rate:g}{' (edge)' if edge else ''}",
+                "rate": rate_label(group[0]["rate"], rates),
                 "test %": f"{statistics.mean(test):.1f}",
                 "spread": f"{statistics.stdev(test) if len(test) > 1 else 0:.1f}",
                 "min-max": f"{min(test):.1f}-{max(test):.1f}",
@@ -128,7 +106,8 @@ def main() -> None:
     }  # fmt: skip
     path = arguments.output / "digits.json"
     settings = {"steps": arguments.steps, "every": arguments.every}
-    groups = chosen(list(run_cells(path, adapt, cells, settings, arguments.processes).values()))
+    found = list(run_cells(path, adapt, cells, settings, arguments.processes).values())
+    groups = chosen(found, ("goal", "rank", "method"))
     command = shlex.join(["python", *sys.argv])
     text = f"`{command}`\n\n{machine()}\n\n{as_table(summary(groups, arguments.rates))}\n"
     write_whole(path.with_suffix(".md"), text)

@@ -5,7 +5,7 @@
 
 Rows are real questions and answers in our prompt; their tokens are those of a BPE of 8,000 pieces trained on them, as
 long as a large model's tokenizer makes them. The model is random, with adapters, gradient checkpointing and the loss in
-chunks, in bf16; a packed micro-batch has more rows, but no more tokens than one that is padded to the fixed length.
+chunks; a packed micro-batch has more rows, but no more tokens than one that is padded to the fixed length.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from abba.adapter.config import AdapterConfig
 from abba.adapter.inject import inject
+from abba.base_model import DTYPE_CHOICES, DTYPES, choose_dtype
 from abba.text.prompt import render_prompt
 from abba.training.batches import MicroBatch, collate, lines_of
 from abba.training.loss import return_losses
@@ -96,10 +97,12 @@ def main() -> None:
     parser.add_argument(
         "--hidden", type=int, default=1024, help="narrower, attention would weigh more than in a large model"
     )
+    parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     data = Rows(arguments.rows, arguments.count, arguments.length, arguments.pieces)
+    dtype, _ = choose_dtype(arguments.dtype)
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=arguments.hidden,
@@ -108,7 +111,7 @@ def main() -> None:
         num_attention_heads=8,
         vocab_size=arguments.pieces,
     )
-    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").to(device())
+    model = LlamaForCausalLM._from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa").to(device())
     inject(model, AdapterConfig(r1=16, r2=16, alpha=24.0))
     enable_checkpointing(model.train(), "reentrant")
     return_losses(model)
@@ -138,7 +141,12 @@ def main() -> None:
         for way in ways
     ]
     lengths = sorted(map(data.length, range(len(data))))
-    settings = {**dict(arguments._get_kwargs()), "rows": len(data), "median length": lengths[len(lengths) // 2]}
+    settings = {
+        **dict(arguments._get_kwargs()),
+        "rows": len(data),
+        "dtype": dtype,
+        "median length": lengths[len(lengths) // 2],
+    }
     settings = {key: str(value) for key, value in settings.items()}
     write("packing", " ".join(["python", *sys.argv]), settings, rows, arguments.output)
 

@@ -58,7 +58,12 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         help="what generates; auto: vllm where it is installed, serves the adapter and finds GPUs, else transformers",
     )
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="auto: bfloat16, where the processor can",
+    )
     parser.add_argument(
         "--output", type=Path, required=True, help="directory for scores.json and generations.jsonl; replaced there"
     )
@@ -68,13 +73,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def score(arguments: argparse.Namespace, ranks: Ranks) -> None:
     # Imported here because it takes seconds, and after the GPU is chosen.
-    from abba.base_model import DTYPES
+    from abba.base_model import DTYPES, choose_dtype
     from abba.evaluation.harness import PREFIX, run_harness
     from abba.evaluation.score import evaluate, headline
     from abba.evaluation.subject import opened
     from abba.evaluation.tasks import question_sources
 
     say = partial(print, flush=True) if ranks.is_main else lambda line: None
+    dtype, note = choose_dtype(arguments.dtype)
+    if note:
+        say(f"model: {note}")
     is_harness = arguments.task.startswith(PREFIX)
     if not is_harness:
         question_sources(arguments.task, arguments.data)
@@ -84,7 +92,7 @@ def score(arguments: argparse.Namespace, ranks: Ranks) -> None:
     with opened(*named) as subject:
         task = (subject, arguments.task, arguments.data, arguments.output)
         run = run_harness if is_harness else evaluate
-        scores = run(*task, dtype=DTYPES[arguments.dtype], ranks=ranks, say=say, **settings)
+        scores = run(*task, dtype=DTYPES[dtype], ranks=ranks, say=say, **settings)
     if scores is not None:
         print(f"{scores['headline'] if is_harness else headline(scores)}; {arguments.output}/scores.json")
 

@@ -23,7 +23,12 @@ def main() -> int:
     parser.add_argument("--adapter", type=Path, help="an adapter directory")
     parser.add_argument("--prompt", help="the instruction; the recipe's template is put around it")
     parser.add_argument("--max-new-tokens", type=positive, default=256)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="auto: bfloat16, where the processor can",
+    )
     arguments = parser.parse_args()
     try:
         answer(arguments)
@@ -34,7 +39,7 @@ def main() -> int:
 
 def answer(arguments: argparse.Namespace) -> None:
     from abba.adapter.linear import bypass
-    from abba.base_model import DTYPES, find_base, load_tokenizer
+    from abba.base_model import DTYPES, choose_dtype, find_base, load_tokenizer
     from abba.evaluation.engine import visible_gpus
     from abba.evaluation.generate import generate_greedy, load_for_generation
     from abba.evaluation.subject import trained_prompt
@@ -42,9 +47,10 @@ def answer(arguments: argparse.Namespace) -> None:
 
     base, template = find_base(arguments.model, arguments.revision), trained_prompt(arguments.adapter)
     tokenizer, gpus = load_tokenizer(base), visible_gpus()
-    model = load_for_generation(
-        base, arguments.adapter, DTYPES[arguments.dtype], dict.fromkeys(range(gpus.count), gpus.usable)
-    )
+    dtype, note = choose_dtype(arguments.dtype)
+    if note:
+        print(f"model: {note}", file=sys.stderr)
+    model = load_for_generation(base, arguments.adapter, DTYPES[dtype], dict.fromkeys(range(gpus.count), gpus.usable))
     prompts = [arguments.prompt] if arguments.prompt is not None else map(str.strip, sys.stdin)
     for prompt in prompts:
         asked = (encode_prompt(tokenizer, [prompt], template), [[0]], arguments.max_new_tokens)

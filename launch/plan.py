@@ -131,7 +131,7 @@ def job_of(recipe: Any, gpus: int) -> Any:
         recipe.train.per_device_train_batch_size,
         recipe.data.max_length,
         recipe.train.gradient_checkpointing,
-        {"bfloat16": 2, "float32": 4}[recipe.model.dtype],
+        {"auto": 2, "bfloat16": 2, "float32": 4}[recipe.model.dtype],
         recipe.model.attn_implementation,
         sharding_of(recipe.deepspeed.get("zero_optimization", {})),
         recipe.train.per_device_eval_batch_size if recipe.data.eval_rows else 0,

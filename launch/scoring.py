@@ -10,11 +10,12 @@ def refuse_score(recipe: Recipe) -> None:
     """Before the training and not after it: problems that cannot be used, an engine that cannot serve this adapter."""
     if recipe.evaluate is None:
         return
-    from abba.base_model import DTYPES
+    from abba.base_model import DTYPES, choose_dtype
     from abba.evaluation.engine import require_engine
     from abba.evaluation.tasks import load_questions
 
-    require_engine(recipe.evaluate.engine, recipe.adapter.config().lora_rank, DTYPES[recipe.model.dtype])
+    dtype, _ = choose_dtype(recipe.model.dtype)
+    require_engine(recipe.evaluate.engine, recipe.adapter.config().lora_rank, DTYPES[dtype])
     load_questions(recipe.evaluate.task, recipe.evaluate.path, recipe.evaluate.limit)
 
 

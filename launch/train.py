@@ -24,7 +24,7 @@ from common import RECIPES
 from scoring import refuse_score, score
 
 from abba.sharded.ranks import Ranks, ranks_from_environment
-from abba.training.failures import World, fail, wait_for_end
+from abba.training.failures import World, exit_code_of, fail, wait_for_end
 from abba.training.recipe import Recipe, load_recipe
 from abba.training.run_directory import RunDirectory
 from abba.training.startup import Startup
@@ -44,7 +44,7 @@ def run(
     # Imported here because it takes seconds: a mistake in the recipe is shown at once, by every launcher.
     import torch.distributed as dist
 
-    from abba.base_model import DTYPES, choose_attention, load_config
+    from abba.base_model import DTYPES, choose_attention, choose_dtype, load_config
     from abba.checkpoint.format import step_directory
     from abba.sharded.engine import engine_config
     from abba.sharded.process_group import start_process_group
@@ -56,6 +56,10 @@ def run(
     from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end
 
     startup.done("imports")
+    chosen, note = choose_dtype(recipe.model.dtype)
+    recipe = recipe.with_dtype(chosen)
+    if note:
+        say(f"model: {note}")
     settings = recipe.train
     micro_batch = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
@@ -273,7 +277,7 @@ def main() -> int:
         os._exit(130)  # the way out through the libraries may wait for the other ranks
     except Exception as error:
         if watch is not None:
-            watch.stop(getattr(error, "exit_code", 1))  # from here on this rank ends by itself
+            watch.stop(exit_code_of(error, world))  # from here on this rank ends by itself
         fail(error, world)
     return 0
 

@@ -11,7 +11,15 @@ import yaml
 
 from abba.adapter.config import FullConfig, factors_of
 from abba.adapter.inject import find_targets
-from abba.base_model import DTYPES, build_empty, choose_attention, find_base, load_config, load_tokenizer
+from abba.base_model import (
+    DTYPES,
+    build_empty,
+    choose_attention,
+    choose_dtype,
+    find_base,
+    load_config,
+    load_tokenizer,
+)
 from abba.training.data_report import data_report
 from abba.training.mixture import Mixture
 from abba.training.prepare import accumulation_steps, plan_batches, row_sources, source_names, tokens_paths
@@ -25,7 +33,11 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     Raises:
         AbbaError: whatever is wrong with recipe, base or data that can be seen without the weights.
     """
+    chosen, note = choose_dtype(recipe.model.dtype)
+    recipe = recipe.with_dtype(chosen)
     settings = recipe.train
+    if note:
+        print(f"model: {note}")
     print(f"# resolved recipe\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False)}")
     micro = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)

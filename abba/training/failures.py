@@ -135,7 +135,20 @@ class World:
 def breaks_connection(error: BaseException) -> bool:
     """Whether an exception is torch.distributed's way to say that another rank is gone."""
     text = str(error)
+    if "DistError" in (kind.__name__ for kind in type(error).__mro__):  # torch's; nothing here imports it
+        return True
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out"))
+
+
+def exit_code_of(error: BaseException, world: World) -> int:
+    """What a rank ends with that has failed and is told to end before it knows, or may say, why."""
+    if world.world_size > 1 and breaks_connection(error):
+        return RankLostError.exit_code
+    return RecipeError.exit_code if _is_out_of_memory(error) else getattr(error, "exit_code", 1)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
 
 
 def fail(error: BaseException, world: World) -> None:
@@ -147,7 +160,7 @@ def fail(error: BaseException, world: World) -> None:
     trace, rank = "", world.rank
     if isinstance(error, AbbaError):
         line, failure = str(error), Failure(rank, f"rank {rank} failed {world.at()}: {error}", error.exit_code)
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+    elif _is_out_of_memory(error):
         error = RecipeError(
             f"rank {rank} ran out of GPU memory {world.at()}: {first_line(error)}; lower "
             "train.per_device_train_batch_size or data.max_length, or ask launch/plan.py what fits"

@@ -19,7 +19,7 @@ from abba.training.yaml_file import read_recipe_file, suggestion
 class ModelSection(Section):
     name_or_path: Text  # a directory, or a Hub name
     revision: Text | None = None  # a Hub commit, branch or tag
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16, where the processor can
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
 
 
@@ -102,6 +102,10 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     deepspeed: dict[str, Any] = {}
     evaluate: EvaluateSection | None = None
+
+    def with_dtype(self, dtype: str) -> "Recipe":
+        """The same with what `model.dtype` comes to on this machine."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
 
     @property
     def factor_cache(self) -> Path | None:

@@ -1,6 +1,7 @@
 """The experiments at toy size: what they compute is right, they continue, and they write what they promise."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_digits(tmp_path):
 
 
 def test_the_rate_is_chosen_on_validation_rows():
-    from digits import chosen
+    from cells import chosen
 
     def cell(rate, seed, validation, loss, test):
         look = {"accuracy": validation, "loss": loss}
@@ -152,8 +153,102 @@ def test_the_rate_is_chosen_on_validation_rows():
         }
 
     cells = [cell(0.1, 0, 99, 1.0, 10), cell(0.1, 1, 71, 1.0, 10), cell(0.2, 0, 90, 2.0, 99), cell(0.2, 1, 90, 2.0, 99)]
-    assert {c["rate"] for c in chosen(cells)["all", 4, "abba"]} == {0.2}, "90 and 90 are more than 99 and 71"
+    assert {c["rate"] for c in chosen(cells, ("goal", "rank", "method"))["all", 4, "abba"]} == {0.2}, (
+        "90 and 90 are more than 99 and 71"
+    )
     cells += [cell(0.3, seed, 90, 1.5, 1) for seed in range(2)]
-    assert {c["rate"] for c in chosen(cells)["all", 4, "abba"]} == {0.3}, (
+    assert {c["rate"] for c in chosen(cells, ("goal", "rank", "method"))["all", 4, "abba"]} == {0.3}, (
         "the same accuracy at a lower loss, not the test"
     )
+
+
+COMPARE = ["--methods", "lora", "abba", "--rates", "5e-3", "--seeds", "1", "--steps", "3"]
+COMPARE += ["--batch", "4", "--scored", "4", "--processes", "1"]
+
+
+def test_compare_continues(tmp_path):
+    assert (finished := run(tmp_path, "compare", *COMPARE)).returncode == 0, finished.stderr[-3000:]
+    path = tmp_path / "compare.json"
+    record = json.loads(path.read_text())
+    assert len(record["cells"]) == 2 * 2 and record["settings"]["steps"] == dict.fromkeys(("stories", "bystander"), 3)
+    for cell in record["cells"].values():
+        assert cell["steps"] == 3 and len(cell["curve"]) == 1 and 0 < cell["curve"][0] < 10
+    assert len({cell["parameters"] for cell in record["cells"].values()}) == 1
+    table = (tmp_path / "compare.md").read_text()
+    assert table.count("\n|") == 2 * (2 + 4) and (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+    lost = record["cells"].pop("bystander, abba, rate 0.005, seed 0")
+    path.write_text(json.dumps(record))
+    assert "3 of 4 cells are there" in run(tmp_path, "compare", *COMPARE).stdout
+    again = json.loads(path.read_text())["cells"]
+    made = again.pop("bystander, abba, rate 0.005, seed 0")
+    measured = ("validation", "test", "curve", "parameters")
+    assert [made[key] for key in measured] == [lost[key] for key in measured] and again == record["cells"]
+
+
+def test_a_cell_that_diverges_is_a_result():
+    from tiny import HOPELESS, learn
+
+    cell = learn("stories", "abba", 1e30, 0, steps=4, rank=4, batch=2, scored=2)
+    assert 1 <= cell["steps"] < 4 and cell["validation"] == {"accuracy": 0, "loss": HOPELESS}
+
+
+def test_budgets_are_equal_but_for_doras_magnitudes():
+    from compare import RATES
+    from tiny import adapted
+
+    assert len({len(rates) for rates in RATES.values()}) == 1, "each method has as many rates"
+    counts, magnitudes = {}, {}
+    for method in RATES:
+        trained = [p for p in adapted(method, 16, seed=0).parameters() if p.requires_grad]
+        counts[method] = sum(p.numel() for p in trained)
+        magnitudes[method] = sum(p.numel() for p in trained if p.dim() == 1)
+    assert counts.pop("full") > 4 * counts["lora"] and counts["dora"] < 1.04 * counts["lora"]
+    counts["dora"] -= magnitudes["dora"]
+    assert all(count == pytest.approx(counts["lora"], rel=0.01) for count in counts.values()), counts
+
+
+def test_parts_share_no_fact():
+    from problems import PARTS, TASKS, operands, problems
+
+    for task in TASKS:
+        facts, questions = {}, {}
+        for part in PARTS:
+            rows = problems(task, part, 3200 if part == "train" else 128)
+            answers = [re.match(r"There are .* = <<(\d+)([+-])(\d+)=(\d+)>>", row["answer"]).groups() for row in rows]
+            facts[part] = {operands((op, int(x), int(y))) for x, op, y, _ in answers}
+            questions[part] = {row["question"] for row in rows}
+            for row, (x, op, y, result) in zip(rows, answers, strict=True):
+                assert int(result) == int(x) + int(op + y) and row["answer"].endswith(f"#### {result}")
+                assert {x, y} <= set(re.findall(r"\d+", row["question"]))
+        for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+            assert not facts[one] & facts[other] and not questions[one] & questions[other]
+
+
+def test_a_bystander_is_somebody_else_anywhere():
+    from problems import problems
+
+    places = set()
+    for row in problems("bystander", "test", 64):
+        *told, asked = row["question"].split(". ")
+        name = re.match(r"How many \w+ did (\w+) ", asked)[1]
+        others = [place for place, sentence in enumerate(told) if name not in sentence]
+        assert len(told) == 4 and len(others) == 1 and re.fullmatch(r"\w+ had \d+ \w+\.?", told[others[0]])
+        places.add(others[0])
+    assert places == {0, 1, 2, 3}
+
+
+def test_compare_reports_the_test_at_the_rate_that_validation_chose():
+    from cells import chosen
+    from compare import summary, sweep
+
+    def cell(rate, seed, validation, test):
+        same = {"task": "stories", "method": "lora", "parameters": 10, "magnitudes": 0, "training cpu seconds": 1.0}
+        found = {"validation": {"accuracy": validation, "loss": 1.0}, "test": {"accuracy": test + seed}}
+        return {**same, "rate": rate, "seed": seed, **found}
+
+    rates, looks = (0.1, 0.2, 0.3), ((50, 90), (80, 10), (70, 99))
+    cells = [cell(rate, seed, *look) for rate, look in zip(rates, looks, strict=True) for seed in (0, 1)]
+    (row,) = summary(chosen(cells, ("task", "method")), {"lora": rates})
+    assert (row["rate"], row["test %"], row["min-max"], row["validation %"]) == ("0.2", "10.5", "10.0-11.0", "80.0")
+    assert sweep(cells) == [{"task": "stories", "method": "lora", "0.1": "50.0", "0.2": "80.0", "0.3": "70.0"}]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from abba.base_model import choose_dtype
 from abba.checkpoint.format import KINDS, ShardReader, list_checkpoints, read_state
 from tests import warm
 from tests.distributed.ranks import NOTHING_STAYS, STORIES, free_port
@@ -31,6 +32,10 @@ LAUNCHER_TELLS_SECONDS = 7
 # Rows that make test, or CI, has no time for.
 beyond_make_test = pytest.mark.skipif(TRIALS < 10, reason="takes long; runs with ABBA_TRIALS=10, as in CI")
 beyond_ci = pytest.mark.skipif(TRIALS < 100, reason="takes long; runs with ABBA_TRIALS=100")
+computes_much_in_bfloat16 = pytest.mark.skipif(
+    choose_dtype("auto")[0] != "bfloat16" and TRIALS < 100,
+    reason="this CPU has no instructions for bfloat16, which takes minutes; runs with ABBA_TRIALS=100",
+)
 
 
 def some(cases: list, few: list) -> list:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from abba.base_model import choose_dtype
 from abba.checkpoint.format import ShardReader, list_checkpoints, read_state
 from tests.faults.conftest import make_base
 from tests.faults.harness import STEPS, TRIALS, Lab, beyond_make_test, some
@@ -103,13 +104,14 @@ def test_dropout_continues_too(tmp_path, trial):
         assert lab.complete("without").losses != expected.losses, "or there was no dropout"
 
 
+DTYPE, OTHER = ("bfloat16", "float32") if choose_dtype("auto")[0] == "bfloat16" else ("float32", "bfloat16")
 CHANGES = [
     (["train.learning_rate=5e-3"], "train.learning_rate was 0.01, is 0.005"),
     (["train.global_batch_size=4"], "train.global_batch_size was 8, is 4"),
     (["train.seed=1"], "train.seed was 0, is 1"),
     (["data.max_rows=59"], "data.tokens was"),
     (["adapter.r1=3"], "adapter.r1 was 4, is 3"),
-    (["model.dtype=float32"], "model.dtype was 'bfloat16', is 'float32'"),
+    ([f"model.dtype={OTHER}"], f"model.dtype was '{DTYPE}', is '{OTHER}'"),
 ]
 
 

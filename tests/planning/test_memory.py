@@ -1,12 +1,10 @@
 """Activations by arithmetic against what autograd really saves and allocates."""
 
-import weakref
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import abba.training.loss
@@ -17,6 +15,11 @@ from abba.planning.memory import CHUNK, backward_bytes, evaluation_bytes, kept_b
 from abba.training.batches import collate, lines_of
 from abba.training.loss import return_losses
 from abba.training.model import enable_checkpointing, packed_tokens
+from tests.faults.harness import computes_much_in_bfloat16
+from tests.warm import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+from measure import peak_bytes
 
 BF16, NEAR = 2, 0.04
 ROWS_OF_TOKENS = (8, 128)  # two chunks of supervised tokens
@@ -102,37 +105,11 @@ def test_what_a_layer_saves(family, attention, more, packing):
     assert layer_bytes(job) + scaled_norms == three - two
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes that tensors made within it hold at once."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.live = self.most = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        result = function(*arguments, **(named or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self._known:
-                self._known.add(key)
-                self.live += tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), self._freed, key, tensor.untyped_storage().nbytes())
-        self.most = max(self.most, self.live)
-        return result
-
-    def _freed(self, key, size):
-        self._known.discard(key)
-        self.live -= size
-
-
 def peak_of_a_micro_batch(model, batch):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # under ZeRO-3 a gradient is reduced at once
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    with Peak([*model.parameters(), *model.buffers(), *gradients, *batch]) as peak:
-        model(*batch).backward()
-    return peak.most
+    return peak_bytes(lambda: model(*batch).backward())
 
 
 FEW, MANY = {"vocab": 256}, {"vocab": 8192}
@@ -140,6 +117,7 @@ WIDE = {"vocab": 256, "rank": 16}
 LLAMA, GEMMA = ("llama", "sdpa"), ("gemma2", "eager")
 
 
+@computes_much_in_bfloat16
 @pytest.mark.parametrize("model", [LLAMA, GEMMA])
 @pytest.mark.parametrize(
     "mode, sizes",
@@ -161,6 +139,7 @@ def test_the_most_that_a_micro_batch_holds(model, mode, sizes):
     assert kept_bytes(job) + max(loss_bytes(job), backward_bytes(job)) == pytest.approx(measured, rel=NEAR)
 
 
+@computes_much_in_bfloat16
 @pytest.mark.parametrize(
     "model, layers, mode, packing, shape",
     [
@@ -181,9 +160,9 @@ def test_masks_long_rows_and_a_last_layer_that_keeps_all(model, layers, mode, pa
 @pytest.mark.parametrize("model", [LLAMA, GEMMA])
 def test_the_most_that_evaluation_holds(model, vocab):
     model, batch, job = build(*model, vocab=vocab)
-    with torch.no_grad(), Peak([*model.parameters(), *model.buffers(), *batch]) as peak:
-        model.eval()(*batch)
-    assert evaluation_bytes(replace(job, eval_batch=job.micro_batch)) == pytest.approx(peak.most, rel=NEAR)
+    with torch.no_grad():
+        measured = peak_bytes(lambda: model.eval()(*batch))
+    assert evaluation_bytes(replace(job, eval_batch=job.micro_batch)) == pytest.approx(measured, rel=NEAR)
 
 
 def test_a_chunk_is_that_of_the_loss():

@@ -13,7 +13,7 @@ import torch
 
 from abba.errors import CheckpointError, NoProgressError, RankLostError
 from abba.training import failures
-from abba.training.failures import Failure, Peer, World, breaks_connection, wait_for_end
+from abba.training.failures import Failure, Peer, World, breaks_connection, exit_code_of, wait_for_end
 from abba.training.processes import process_started
 from abba.training.run_directory import RunDirectory
 from abba.training.watch import Watch
@@ -59,6 +59,21 @@ def test_silent_ranks_are_named_when_nobody_knows_the_cause(tmp_path, monkeypatc
     assert cause.what.startswith("rank 2 did not answer at step 7") and cause.exit_code == 71
     assert breaks_connection(RuntimeError("[gloo/pair.cc] Connection closed by peer"))
     assert not breaks_connection(ValueError("gloo")) and not breaks_connection(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.parametrize(
+    "error, size, code",
+    [
+        (RuntimeError("[gloo/pair.cc] Connection closed by peer"), 2, 71),
+        (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), 2, 71),
+        (RuntimeError("[gloo/pair.cc] Connection closed by peer"), 1, 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, 64),
+        (CheckpointError("damaged"), 2, 66),
+        (ValueError("a bug"), 2, 1),
+    ],
+)
+def test_what_a_rank_ends_with_that_is_told_to_end_before_it_has_spoken(tmp_path, error, size, code):
+    assert exit_code_of(error, world(0, tmp_path, size=size)) == code
 
 
 def test_a_rank_that_is_told_to_end_ends_even_when_the_disk_fails(tmp_path):

@@ -22,7 +22,8 @@ def configured(name, world, on_node, *overrides):
     micro = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro, world)
     ranks = Ranks(0, world, 0, on_node)
-    dtype = DTYPES[recipe.model.dtype]
+    assert recipe.model.dtype == "auto"
+    dtype = DTYPES["bfloat16"]  # as on every GPU
     return accumulation, engine_config(dtype, micro, accumulation, 1.0, recipe.deepspeed, ranks)["zero_optimization"]
 
 
