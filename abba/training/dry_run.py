@@ -33,17 +33,13 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     Raises:
         AbbaError: whatever is wrong with recipe, base or data that can be seen without the weights.
     """
-    chosen, note = choose_dtype(recipe.model.dtype)
-    recipe = recipe.with_dtype(chosen)
     settings = recipe.train
-    if note:
-        print(f"model: {note}")
     print(f"# resolved recipe\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False)}")
     micro = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     tokenizer = load_tokenizer(base)
-    dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
+    dtype, attention = DTYPES[choose_dtype(recipe.model.dtype)[0]], recipe.model.attn_implementation
     attention, _ = choose_attention(load_config(base), attention, "cpu", dtype)
     with torch.device("meta"):
         model = build_empty(base, dtype, attention)
