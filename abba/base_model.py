@@ -79,7 +79,7 @@ def find_base(name_or_path: str, revision: str | None, setting: str = "model.nam
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer. Its chat template, which is a program, is loaded as text and never run: prompts are our own.
+    """The tokenizer. Its chat template, which is a program, is loaded as text; abba/text/chat.py says when it is run.
 
     Raises:
         CheckpointError: there is none, its class is not one of transformers', or its files are damaged.

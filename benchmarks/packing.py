@@ -59,8 +59,8 @@ class Rows:
     def length(self, row: int) -> int:
         return len(self.ids[row])
 
-    def prompt_length(self, row: int) -> int:
-        return self.prompts[row]
+    def supervised(self, row: int) -> torch.Tensor:
+        return torch.arange(self.prompts[row], len(self.ids[row]))
 
 
 def micro_batches(data: Rows, way: str, longest: int, packed_rows: int) -> Iterator[MicroBatch]:

@@ -20,7 +20,7 @@ from common import count, positive
 from abba.errors import AbbaError, exit_with
 from abba.sharded.ranks import Ranks, go_alone, ranks_from_environment
 from abba.text.graders import SUITES
-from abba.text.prompt import PROMPTS
+from abba.text.prompt import PROMPT_NAMES
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=positive, help="only the first N rows of each task")
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--max-new-tokens", type=positive, help="default: gsm8k 512, math 1024, commonsense 32")
-    parser.add_argument("--prompt", choices=PROMPTS, help="default: that of the adapter's training, or alpaca")
+    parser.add_argument("--prompt", choices=PROMPT_NAMES, help="default: that of the adapter's training, or alpaca")
     parser.add_argument(
         "--max-ungraded",
         type=count,

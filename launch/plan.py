@@ -195,15 +195,20 @@ def model_config(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def rows_of(recipe: Any) -> int | None:
-    """Training rows, where they can be known without reading the dataset: a file of lines, or one counted before."""
-    data = recipe.data
-    rows = KNOWN_ROWS.get((data.path, data.name, data.split))
-    if data.path.endswith(".jsonl") and Path(data.path).is_file():
-        with open(data.path, "rb") as file:
-            rows = sum(bool(line.strip()) for line in file)
-    if rows is None:
+    """Rows of an epoch, where they can be known without reading the dataset: files of lines, or counted before."""
+    counts = [_count_rows(source) for source in recipe.data.all_sources]
+    if None in counts:
         return None
-    return max(1, min(rows, data.max_rows or rows) - data.eval_rows)
+    trained_on = max(0.0, 1 - recipe.data.eval_rows / max(1, sum(counts)))  # held-out rows come from all sources alike
+    return max(1, round(sum(map(math.prod, zip(counts, recipe.data.weights, strict=True))) * trained_on))
+
+
+def _count_rows(source: Any) -> int | None:
+    rows = KNOWN_ROWS.get((source.path, source.name, source.split))
+    if source.path.endswith(".jsonl") and Path(source.path).is_file():
+        with open(source.path, "rb") as file:
+            rows = sum(bool(line.strip()) for line in file)
+    return None if rows is None else min(rows, source.max_rows or rows)
 
 
 def steps_of(recipe: Any, rows: int | None) -> int | None:

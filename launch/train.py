@@ -49,6 +49,7 @@ def run(
     from abba.sharded.engine import engine_config
     from abba.sharded.process_group import start_process_group
     from abba.sharded.together import share
+    from abba.training.data_report import source_shares
     from abba.training.finish import finish
     from abba.training.loop import Stream
     from abba.training.prepare import accumulation_steps, plan_batches, prepare
@@ -70,6 +71,8 @@ def run(
     base, padding, data = prepare(recipe, ranks.is_main, say)
     plan, eval_rows, steps = plan_batches(recipe, data)
     say(f"data: {len(plan.rows):,} rows to train on, {len(eval_rows):,} held out; {steps:,} steps")
+    for line in source_shares(data, plan):
+        say(f"data: {line}")
     startup.done("data")
 
     # Ranks: they meet; from now on each knows when another on its machine is dead.

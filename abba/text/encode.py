@@ -3,11 +3,18 @@
 from typing import Any
 
 from abba.errors import DataError
-from abba.text.prompt import DEFAULT_PROMPT, render_prompt
+from abba.text.chat import ChatTemplate
+from abba.text.prompt import CHAT, DEFAULT_PROMPT, render_prompt
 
 
 def encode_prompt(tokenizer: Any, instructions: list[str], prompt: str = DEFAULT_PROMPT) -> list[list[int]]:
-    """Token ids of rendered prompts, with BOS once where the tokenizer has it, never with EOS."""
+    """Token ids of rendered prompts, with BOS once where the tokenizer has it, never with EOS at the end.
+
+    Raises:
+        RecipeError: the prompt is `chat` and the tokenizer has no template for it.
+    """
+    if prompt == CHAT:
+        return ChatTemplate(tokenizer).encode_questions(instructions)
     encoded = tokenizer([render_prompt(text, prompt) for text in instructions]).input_ids
     eos = tokenizer.eos_token_id
     return [ids[:-1] if ids and ids[-1] == eos else ids for ids in encoded]
@@ -18,10 +25,16 @@ def encode_response(tokenizer: Any, responses: list[str]) -> list[list[int]]:
 
     Encoded apart from the prompt, so that a prompt's ids are the same in training and in scoring.
     """
+    eos = eos_id(tokenizer)
+    encoded = tokenizer([text.strip() for text in responses], add_special_tokens=False).input_ids
+    return [[*ids, eos] for ids in encoded]
+
+
+def eos_id(tokenizer: Any) -> int:
+    """Raises DataError where there is none."""
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token; a model trained without one never stops")
-    encoded = tokenizer([text.strip() for text in responses], add_special_tokens=False).input_ids
-    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    return tokenizer.eos_token_id
 
 
 def padding_id(tokenizer: Any) -> int:

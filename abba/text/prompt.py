@@ -10,6 +10,8 @@ PROMPTS = {
     ),
     "plain": "{instruction}\n",
 }
+CHAT = "chat"  # the tokenizer's own template, see chat.py
+PROMPT_NAMES = (*PROMPTS, CHAT)
 DEFAULT_PROMPT = "alpaca"
 _NEXT_PROMPT = re.compile(r"\n[ \t]*(?:###\s*(?:Instruction|Input|Response)\b|Below is an instruction that describes)")
 

@@ -1,4 +1,4 @@
-"""Rows of a dataset, from the Hub or a local file, as (instruction, response); unusable ones counted by reason."""
+"""Rows of a dataset, from the Hub or a local file: instruction and response, or conversations; bad ones counted."""
 
 import os
 import re
@@ -13,6 +13,7 @@ from typing import Any
 from abba.errors import AbbaError, DataError, first_line
 from abba.hub import HubRepository
 from abba.storage import hash_file, is_there, open_regular
+from abba.text.chat import Message, read_conversation
 
 CHUNK = 1000
 LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -23,16 +24,20 @@ SAMPLE = 4096  # bytes of a file's start
 
 @dataclass(frozen=True)
 class RowSource:
-    """Where rows come from and how they become examples; see the recipe's `data` section."""
+    """Where rows come from and how they become examples; see the recipe's `data` section.
+
+    With `messages_field` rows hold conversations, and instruction_field and response_field are None.
+    """
 
     path: str
     name: str | None
     revision: str | None
     split: str
-    instruction_field: str
+    instruction_field: str | None
     input_field: str | None
-    response_field: str
+    response_field: str | None
     max_rows: int | None
+    messages_field: str | None = None
 
 
 class BadRows:
@@ -49,21 +54,10 @@ class BadRows:
 
 def usable_rows(source: RowSource, bad: BadRows) -> Iterator[tuple[list[int], list[str], list[str]]]:
     """(row numbers, instructions, responses) of usable rows; the others are counted by reason."""
-    dataset = _open(source)
     wanted = [source.instruction_field, source.response_field, *([source.input_field] if source.input_field else [])]
-    missing = [field for field in wanted if field not in dataset.column_names]
-    if missing:
-        raise DataError(
-            f"{source.path}: rows have no field {missing[0]!r}, only {', '.join(dataset.column_names)}; "
-            "set data.instruction_field and data.response_field"
-        )
-    count = min(len(dataset), source.max_rows or len(dataset))
-    for first in range(0, count, CHUNK):
-        chunk = dataset[first : min(first + CHUNK, count)]
+    for first, rows in _chunks(source, wanted):
         numbers, instructions, responses = [], [], []
-        for offset, values in enumerate(zip(*(chunk[field] for field in wanted), strict=True)):
-            instruction, response, *inputs = values
-            row = first + offset
+        for row, (instruction, response, *inputs) in enumerate(rows, first):
             reason = _why_bad(wanted[:2], [instruction, response])
             if reason:
                 bad.add(row, reason)
@@ -74,6 +68,31 @@ def usable_rows(source: RowSource, bad: BadRows) -> Iterator[tuple[list[int], li
             responses.append(response)
         if numbers:
             yield numbers, instructions, responses
+
+
+def usable_conversations(source: RowSource, bad: BadRows) -> Iterator[tuple[int, list[Message]]]:
+    """(row number, messages) of usable rows; the others are counted by reason."""
+    for first, rows in _chunks(source, [source.messages_field]):
+        for row, (messages,) in enumerate(rows, first):
+            try:
+                yield row, read_conversation(messages, source.messages_field)
+            except ValueError as error:
+                bad.add(row, str(error))
+
+
+def _chunks(source: RowSource, wanted: list[str]) -> Iterator[tuple[int, list[tuple[Any, ...]]]]:
+    """(number of the first, rows as the values of the `wanted` fields), some rows at a time."""
+    dataset = _open(source)
+    missing = [field for field in wanted if field not in dataset.column_names]
+    if missing:
+        keys = "data.messages_field" if source.messages_field else "data.instruction_field and data.response_field"
+        raise DataError(
+            f"{source.path}: rows have no field {missing[0]!r}, only {', '.join(dataset.column_names)}; set {keys}"
+        )
+    count = min(len(dataset), source.max_rows or len(dataset))
+    for first in range(0, count, CHUNK):
+        chunk = dataset[first : min(first + CHUNK, count)]
+        yield first, list(zip(*(chunk[field] for field in wanted), strict=True))
 
 
 def _why_bad(fields: list[str], values: list[Any]) -> str | None:

@@ -1,6 +1,5 @@
 """Tokens to micro-batches, as a pure function of seed and step."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from abba.errors import DataError
-from abba.training.tokens import TokenizedRows
+from abba.training.mixture import Mixture, seeded
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class MicroBatch:
         return self.input_ids, self.position_ids, self.predictors, self.targets
 
 
-def collate(data: TokenizedRows, lines: list[list[int]], padding: int, device: torch.device) -> MicroBatch:
-    """`lines`: the rows of each. Prompts and padding are masked by position, a response's EOS never is."""
+def collate(data: Mixture, lines: list[list[int]], padding: int, device: torch.device) -> MicroBatch:
+    """`lines`: the rows of each. What is not learned is masked by position; a response's EOS never is."""
     longest = max(sum(data.length(row) for row in line) for line in lines)
     ids = torch.full((len(lines), longest), padding, dtype=torch.int64)
     positions = torch.arange(longest).repeat(len(lines), 1)
@@ -40,19 +39,19 @@ def collate(data: TokenizedRows, lines: list[list[int]], padding: int, device: t
     for number, line in enumerate(lines):
         start = 0
         for row in line:
-            sequence = data.input_ids(row)
-            stop, prompt = start + len(sequence), data.prompt_length(row)
+            sequence, learned = data.input_ids(row), data.supervised(row)
+            stop = start + len(sequence)
             ids[number, start:stop] = sequence
             positions[number, start:] = torch.arange(longest - start)  # of the padding too, after the last row
-            predictors.append(number * longest + torch.arange(start + prompt - 1, stop - 1))
-            targets.append(sequence[prompt:].long())
+            predictors.append(number * longest + start - 1 + learned)
+            targets.append(sequence[learned].long())
             start = stop
     # Flat places, found here on the CPU: a mask on a GPU would make it wait twice for how many are supervised.
     tensors = (ids, positions, torch.cat(predictors), torch.cat(targets))
     return MicroBatch(*(tensor.to(device) for tensor in tensors), [row for line in lines for row in line])
 
 
-def lines_of(data: TokenizedRows, rows: list[int], most: float | None) -> list[list[int]]:
+def lines_of(data: Mixture, rows: list[int], most: float | None) -> list[list[int]]:
     """`rows` on as few lines of at most `most` tokens as first-fit finds; on a line each where `most` is None.
 
     Lines are padded to the longest: of the limits that give as few lines the lowest is searched by bisection (MULTIFIT,
@@ -73,11 +72,11 @@ def lines_of(data: TokenizedRows, rows: list[int], most: float | None) -> list[l
     return lines
 
 
-def _longest(data: TokenizedRows, lines: list[list[int]]) -> int:
+def _longest(data: Mixture, lines: list[list[int]]) -> int:
     return max(sum(map(data.length, line)) for line in lines)
 
 
-def _first_fit(data: TokenizedRows, rows: list[int], most: float) -> list[list[int]]:
+def _first_fit(data: Mixture, rows: list[int], most: float) -> list[list[int]]:
     lines: list[list[int]] = []
     left: list[float] = []
     for row in rows:
@@ -100,13 +99,18 @@ def split_rows(count: int, eval_rows: int, seed: int) -> tuple[list[int], list[i
 class BatchPlan:
     """Which rows each step, rank and micro-batch takes: a pure function of seed and step.
 
-    The rows of all epochs, each shuffled by (seed, epoch), form one endless order. Step s takes rows [s*G, (s+1)*G) of
-    it, G = global batch size; its micro-batch j holds the j-th M consecutive ones at any world size, and rank r of N
+    The rows of all epochs, each shuffled by (seed, epoch), form one endless order. Step s takes places [s*G, (s+1)*G)
+    of it, G = global batch size; its micro-batch j holds the j-th M consecutive ones at any world size, and rank r of N
     computes the micro-batches r, r+N, r+2N, ...  With `length` the G rows are sorted by it first, so that rows of a
     micro-batch are padded little; the step's loss is the same sum.
 
+    Args:
+        rows: all that is trained on.
+        length: of a row.
+        epoch_rows: which of `rows`, and how often, an epoch takes, always as many; None: each once.
+
     Raises:
-        DataError: fewer rows than one global batch.
+        DataError: an epoch has fewer rows than one global batch.
     """
 
     def __init__(
@@ -116,10 +120,13 @@ class BatchPlan:
         micro_batch: int,
         seed: int,
         length: Callable[[int], int] | None = None,
+        epoch_rows: Callable[[int], list[int]] | None = None,
     ) -> None:
-        if len(rows) < global_batch:
+        self.epoch_rows = epoch_rows or (lambda epoch: rows)
+        self.rows_per_epoch = len(self.epoch_rows(0))
+        if self.rows_per_epoch < global_batch:
             raise DataError(
-                f"{len(rows)} training rows are left, fewer than train.global_batch_size={global_batch}; "
+                f"{self.rows_per_epoch} training rows are left, fewer than train.global_batch_size={global_batch}; "
                 "lower it or data.eval_rows, or add rows"
             )
         self.rows, self._global, self._micro, self._seed = rows, global_batch, micro_batch, seed
@@ -135,16 +142,16 @@ class BatchPlan:
         return self._micro
 
     def steps_for(self, epochs: float) -> int:
-        """Steps until every row was seen `epochs` times; the last one may take rows of the next epoch."""
-        return max(1, -(-round(len(self.rows) * epochs) // self._global))
+        """Steps until `epochs` are over; the last one may take rows of the next epoch."""
+        return max(1, -(-round(self.rows_per_epoch * epochs) // self._global))
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data that are complete when `step` steps are done."""
-        return step * self._global / len(self.rows)
+        return step * self._global / self.rows_per_epoch
 
     def global_rows(self, step: int) -> list[int]:
         places = range(step * self._global, (step + 1) * self._global)
-        return [self._order(place // len(self.rows))[place % len(self.rows)] for place in places]
+        return [self._order(place // self.rows_per_epoch)[place % self.rows_per_epoch] for place in places]
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[list[int]]:
         """The row lists that `rank` computes in `step`, in order."""
@@ -159,7 +166,7 @@ class BatchPlan:
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             self._orders = {kept: order for kept, order in self._orders.items() if kept == epoch - 1}
-            seed = int.from_bytes(hashlib.sha256(f"{self._seed}:epoch {epoch}".encode()).digest()[:7], "big")
-            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).tolist()
-            self._orders[epoch] = [self.rows[place] for place in order]
+            rows = self.epoch_rows(epoch)
+            order = torch.randperm(len(rows), generator=seeded(f"{self._seed}:epoch {epoch}")).tolist()
+            self._orders[epoch] = [rows[place] for place in order]
         return self._orders[epoch]

@@ -2,7 +2,9 @@
 
 import math
 import tempfile
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -19,7 +21,8 @@ from abba.base_model import (
     load_tokenizer,
 )
 from abba.training.data_report import data_report
-from abba.training.prepare import accumulation_steps, plan_batches, row_source
+from abba.training.mixture import Mixture
+from abba.training.prepare import accumulation_steps, plan_batches, row_sources, source_names, tokens_paths
 from abba.training.recipe import Recipe
 from abba.training.tokens import TokenizedRows, prepare_tokens
 
@@ -30,28 +33,20 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     Raises:
         AbbaError: whatever is wrong with recipe, base or data that can be seen without the weights.
     """
-    chosen, note = choose_dtype(recipe.model.dtype)
-    recipe = recipe.with_dtype(chosen)
     settings = recipe.train
-    if note:
-        print(f"model: {note}")
     print(f"# resolved recipe\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False)}")
     micro = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     tokenizer = load_tokenizer(base)
-    dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
+    dtype, attention = DTYPES[choose_dtype(recipe.model.dtype)[0]], recipe.model.attn_implementation
     attention, _ = choose_attention(load_config(base), attention, "cpu", dtype)
     with torch.device("meta"):
         model = build_empty(base, dtype, attention)
     adapter = recipe.adapter.config()
     full = isinstance(adapter, FullConfig)
     targets = {} if full else find_targets(model, adapter)
-    with tempfile.TemporaryDirectory() as scratch:
-        tokens = Path(scratch) / "tokens.safetensors"
-        limits = (recipe.data.max_length, recipe.data.max_bad_rows)
-        prepare_tokens(row_source(recipe.data), *limits, tokenizer, tokens, recipe.data.prompt)
-        data = TokenizedRows(tokens)
+    data = _tokenised(recipe, tokenizer)
     plan, _, steps = plan_batches(recipe, data)
 
     print(f"# batches, on {world_size} rank{'s' * (world_size > 1)}: the launcher decides, see its --num_gpus")
@@ -70,8 +65,25 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
         print(f"{len(targets)} modules, {adapter.summary}{rank}")
         print(f"{trainable:,} parameters train, {total:,} are frozen (1 to {total / trainable:,.0f})")
 
-    row = plan.rows[0]
-    ids, prompt = data.input_ids(row).tolist(), data.prompt_length(row)
-    print(f"\n# one example: {prompt} tokens of prompt, masked; {len(ids) - prompt} tokens to learn")
-    print(f"masked:  {tokenizer.decode(ids[:prompt])!r}")
-    print(f"learned: {tokenizer.decode(ids[prompt:])!r}")
+    for rows in data.by_source(plan.rows):
+        _show_example(data, rows[0], tokenizer)
+
+
+def _tokenised(recipe: Recipe, tokenizer: Any) -> Mixture:
+    """The rows, without a file that stays."""
+    sources, limits = row_sources(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = tokens_paths(recipe.data, tokenizer, Path(scratch))
+        for section, source in sources.items():
+            prepare_tokens(source, *limits, tokenizer, paths[section], recipe.data.prompt)
+        parts = [TokenizedRows(path) for path in paths.values()]
+    return Mixture(parts, source_names(sources), recipe.data.weights)
+
+
+def _show_example(data: Mixture, row: int, tokenizer: Any) -> None:
+    """A row in stretches of tokens that are masked and that are learned."""
+    ids, learned = data.input_ids(row).tolist(), set(data.supervised(row).tolist())
+    masked = len(ids) - len(learned)
+    print(f"\n# one example, row {data.row_name(row)}: {masked} tokens masked, {len(learned)} to learn")
+    for is_learned, places in groupby(range(len(ids)), learned.__contains__):
+        print(f"{'learned' if is_learned else 'masked'}: {tokenizer.decode([ids[place] for place in places])!r}")

@@ -16,8 +16,8 @@ from abba.sharded.ranks import Ranks
 from abba.training.batches import BatchPlan, MicroBatch, collate, lines_of
 from abba.training.failures import World
 from abba.training.metrics import Reporter, peak_memory_bytes
+from abba.training.mixture import Mixture
 from abba.training.stragglers import RankTimes, StepClock, Stragglers, host_names
-from abba.training.tokens import TokenizedRows
 from abba.training.watch import Watch, why
 
 SAVE_ATTEMPTS = 3  # in a row: a full disk may be emptied before the next save
@@ -28,7 +28,7 @@ LAST_SAVE_PAUSE = 20  # seconds between the attempts at the last one
 class Stream:
     """The training rows as this rank sees them: tokens, plan, how to pad and how many tokens to pack on a line."""
 
-    data: TokenizedRows
+    data: Mixture
     plan: BatchPlan
     padding: int
     ranks: Ranks
@@ -252,5 +252,5 @@ def _stop(everyone: torch.Tensor) -> str | None:
 
 
 def _numbers(stream: Stream, rows: list[int]) -> str:
-    numbers = [str(int(stream.data.sources[row]) + 1) for row in rows]
+    numbers = [stream.data.row_name(row) for row in rows]
     return ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")

@@ -5,15 +5,19 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from abba.base_model import find_base, hub_model, load_config, load_tokenizer
 from abba.errors import CheckpointError, RecipeError
 from abba.text.encode import padding_id
 from abba.text.rows import RowSource, hub_dataset
 from abba.training.batches import BatchPlan, split_rows
-from abba.training.recipe import DataSection, Recipe
+from abba.training.data_section import DataSection
+from abba.training.mixture import Mixture, epoch_rows
+from abba.training.recipe import Recipe
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 
 SHARED_WITHIN_SECONDS = 120
@@ -35,8 +39,11 @@ def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> 
     return accumulation
 
 
-def row_source(data: DataSection) -> RowSource:
-    return RowSource(**{field.name: getattr(data, field.name) for field in dataclasses.fields(RowSource)})
+def row_sources(data: DataSection) -> dict[str, RowSource]:
+    """Where the rows are; each by the name of its section in the recipe."""
+    fields = [field.name for field in dataclasses.fields(RowSource)]
+    taken = [RowSource(**{field: getattr(section, field) for field in fields}) for section in data.all_sources]
+    return {f"data.sources.{number}" if data.sources else "data": source for number, source in enumerate(taken)}
 
 
 def fetch(recipe: Recipe, questions: Iterable[RowSource], say: Callable[[str], None]) -> None:
@@ -47,12 +54,10 @@ def fetch(recipe: Recipe, questions: Iterable[RowSource], say: Callable[[str], N
     Raises:
         CheckpointError: the base model is not to be had. DataError: a dataset is not.
     """
-    named = {
-        "model": (recipe.model.name_or_path, hub_model(recipe.model.name_or_path, recipe.model.revision)),
-        "data": (recipe.data.path, hub_dataset(row_source(recipe.data))),
-    }
-    wanted = [*named.items(), *(("evaluate", (source.path, hub_dataset(source))) for source in questions)]
-    for section, (name, repository) in wanted:
+    rows = [*row_sources(recipe.data).items(), *(("evaluate", source) for source in questions)]
+    model = (recipe.model.name_or_path, hub_model(recipe.model.name_or_path, recipe.model.revision))
+    wanted = [("model", *model), *((section, source.path, hub_dataset(source)) for section, source in rows)]
+    for section, name, repository in wanted:
         if repository is None:
             say(f"{section}: {name}, which is here")
             continue
@@ -64,38 +69,70 @@ def fetch(recipe: Recipe, questions: Iterable[RowSource], say: Callable[[str], N
         say(f"{section}: {name} at commit {found.name}{pin}")
 
 
-def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[Path, int, TokenizedRows]:
+def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[Path, int, Mixture]:
     """(base model's directory, id to pad with, tokenised rows). No network.
 
     Rank 0 writes, and fails, before any process group exists: nobody waits in a collective that would time out. The
-    others wait for the tokens file, whose name is a hash of what it is made from.
+    others wait for the tokens files, whose names are hashes of what they are made from.
 
     Raises:
         CheckpointError: the base model cannot be found, or the tokens cannot be written.
-        DataError: the dataset cannot be used.
+        DataError: a dataset cannot be used.
+        RecipeError: two sources are the same, or a chat template is needed and there is none.
     """
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     vocabulary = load_config(base).get_text_config().vocab_size
     tokenizer = load_tokenizer(base)
-    source, limits = row_source(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
-    prompt = recipe.data.prompt
-    path = tokens_path(source, *limits, tokenizer, Path(recipe.data.prepared_path), prompt)
-    data = (_found(path, say) if path.is_file() else None) if is_main else _from_rank_0(path)
-    if data is None:
-        prepare_tokens(source, *limits, tokenizer, path, prompt)
-        say(f"data: tokenised into {path}")
-        data = TokenizedRows(path)
+    sources, limits = row_sources(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
+    paths = tokens_paths(recipe.data, tokenizer, Path(recipe.data.prepared_path))
+    parts = []
+    for section, source in sources.items():
+        path = paths[section]
+        part = (_found(path, say) if path.is_file() else None) if is_main else _from_rank_0(path)
+        if part is None:
+            prepare_tokens(source, *limits, tokenizer, path, recipe.data.prompt)
+            say(f"data: tokenised into {path}")
+            part = TokenizedRows(path)
+        parts.append(part)
+    data = Mixture(parts, source_names(sources), recipe.data.weights)
     for note in data.notes:
         say(f"data: {note}")
-    for key in ("name", "revision"):
-        if getattr(source, key) is not None and Path(source.path).is_file():
-            say(f"data: data.{key}={getattr(source, key)} is for the Hub and means nothing for the file {source.path}")
+    for section, source in sources.items():
+        for key in ("name", "revision"):
+            value = getattr(source, key)
+            if value is not None and Path(source.path).is_file():
+                say(f"data: {section}.{key}={value} is for the Hub and means nothing for the file {source.path}")
     if data.largest_id >= vocabulary:
         raise CheckpointError(
             f"{base}: its tokenizer gives id {data.largest_id}, its model has {vocabulary} embeddings; "
             "tokenizer and model do not belong together"
         )
     return base, padding_id(tokenizer), data
+
+
+def source_names(sources: Mapping[str, RowSource]) -> list[str]:
+    """What messages call each source: its path, and its section where others have the same."""
+    paths = Counter(source.path for source in sources.values())
+    return [
+        source.path if paths[source.path] == 1 else f"{source.path} ({section})" for section, source in sources.items()
+    ]
+
+
+def tokens_paths(data: DataSection, tokenizer: Any, directory: Path) -> dict[str, Path]:
+    """Where the tokens of each source belong.
+
+    Raises:
+        RecipeError: two sources have the same rows: what is held out of one would be trained on in the other.
+        AbbaError: see `tokens_path`.
+    """
+    paths: dict[str, Path] = {}
+    for section, source in row_sources(data).items():
+        path = tokens_path(source, data.max_length, data.max_bad_rows, tokenizer, directory, data.prompt)
+        for other, seen in paths.items():
+            if path == seen:
+                raise RecipeError(f"{section}: has the same rows as {other}; give that one a weight instead")
+        paths[section] = path
+    return paths
 
 
 def _found(path: Path, say: Callable[[str], None]) -> TokenizedRows | None:
@@ -147,10 +184,11 @@ def _version(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def plan_batches(recipe: Recipe, data: TokenizedRows) -> tuple[BatchPlan, list[int], int]:
+def plan_batches(recipe: Recipe, data: Mixture) -> tuple[BatchPlan, list[int], int]:
     """(which training rows each step takes, the rows held out, the steps of the run)."""
     settings = recipe.train
     rows, held_out = split_rows(len(data), recipe.data.eval_rows, settings.seed)
     length = data.length if settings.group_by_length else None
-    plan = BatchPlan(rows, settings.global_batch_size, settings.per_device_train_batch_size, settings.seed, length)
+    sizes = (settings.global_batch_size, settings.per_device_train_batch_size)
+    plan = BatchPlan(rows, *sizes, settings.seed, length, epoch_rows(data, rows, settings.seed))
     return plan, held_out, settings.max_steps or plan.steps_for(settings.num_train_epochs)

@@ -1,7 +1,8 @@
 """The recipe: one YAML file describes one run. Strict types, every mistake reported at once."""
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -10,8 +11,8 @@ from abba.errors import RecipeError
 from abba.sharded.owned_keys import FREE_KEYS, OWNED_KEYS
 from abba.storage import is_there
 from abba.text.graders import SUITES, members
-from abba.text.prompt import DEFAULT_PROMPT, PROMPTS
 from abba.training.adapter_section import AdapterSection, Count, Momentum, Positive, Section, Seed, Share, Size, Text
+from abba.training.data_section import DataSection
 from abba.training.yaml_file import read_recipe_file, suggestion
 
 
@@ -20,23 +21,6 @@ class ModelSection(Section):
     revision: Text | None = None  # a Hub commit, branch or tag
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16, where the processor can
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-
-
-class DataSection(Section):
-    path: Text  # a JSON, JSONL or Parquet file, or a Hub dataset
-    name: Text | None = None  # a Hub dataset's configuration
-    revision: Text | None = None
-    split: Text = "train"
-    instruction_field: Text = "question"
-    input_field: Text | None = None  # appended to the instruction, as in Alpaca's rows
-    response_field: Text = "answer"
-    prompt: Literal[tuple(PROMPTS)] = DEFAULT_PROMPT  # around an instruction, in training and in scoring
-    max_length: Annotated[int, Field(ge=8)] = 512
-    max_rows: Positive | None = None
-    max_bad_rows: Count = 0  # rows that cannot be trained on: more than this ends the run
-    eval_rows: Count = 0  # held out for eval_loss, chosen by seed
-    packing: bool = False  # several rows on a line of max_length tokens; none sees another
-    prepared_path: Text = "runs/prepared"  # tokens, and the base's initial factors: shared by all runs
 
 
 class TrainSection(Section):
@@ -192,13 +176,15 @@ def find_recipe(name: str, directory: Path) -> Path:
 
 
 UNION_TAGS = ("str", "list[str]")
+SOURCE = re.compile(r"^data\.sources\.\d+\.")
 
 
 def _explain(error: ValidationError, path: Path) -> str:
     found: dict[str, str] = {}  # a union of types gives a mistake for each; the first will do
     for mistake in error.errors(include_url=False):
         where = ".".join(str(part) for part in mistake["loc"] if part not in UNION_TAGS)
-        found.setdefault(where, _reason(mistake, where))
+        if SOURCE.sub("data.", where, count=1) not in found:  # taken over from the data section
+            found.setdefault(where, _reason(mistake, where))
     unique = [f"{where}: {reason}" if where else reason for where, reason in found.items()]
     if len(unique) == 1:
         return f"{path}: {unique[0]}"
@@ -212,6 +198,8 @@ def _reason(mistake: dict[str, Any], where: str) -> str:
         return f"unknown key{suggestion(where.rpartition('.')[2], section)}; known here: {', '.join(section)}"
     if kind == "missing":
         return "is required"
+    if kind == "model_type":
+        return f"{value!r} is a value, not a section of keys and values"
     if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
         wanted = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}[kind]
         return f"{value!r} is text, not {wanted}" + ("; write it without quotes" if _is_number(value) else "")
@@ -232,8 +220,15 @@ def _is_number(text: str) -> bool:
 
 def _fields_of(section: str) -> list[str]:
     model: type[BaseModel] | None = Recipe
-    for part in filter(None, section.split(".")):
-        field = model.model_fields.get(part) if model else None
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    for part in section.split("."):
+        if part and not part.isdecimal():  # of a list all items are alike
+            field = model.model_fields.get(part) if model else None
+            model = _section_in(field.annotation) if field else None
     return list(model.model_fields) if model else []
+
+
+def _section_in(kind: Any) -> type[BaseModel] | None:
+    """The section of an annotation such as `list[SourceSection] | None`."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    return next(filter(None, map(_section_in, get_args(kind))), None)

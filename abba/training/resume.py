@@ -49,10 +49,11 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: s
     used = {"flash_attn": attention.startswith("flash"), "peft": method in BASELINES}
     software = (*SOFTWARE, *(name for name, is_used in used.items() if is_used))
     config = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
+    weights = [source["weight"] for source in data["sources"] or []] or [1.0]
     packing = data["max_length"] if data["packing"] else None  # the rows of a line decide how sums are rounded
     return {
         "train": {key: value for key, value in recipe["train"].items() if key not in BYSTANDERS},
-        "data": {"tokens": tokens, "eval_rows": data["eval_rows"], "packing": packing},
+        "data": {"tokens": tokens, "weights": weights, "eval_rows": data["eval_rows"], "packing": packing},
         "adapter": {key: value for key, value in recipe["adapter"].items() if key != "cache_factors"},
         "model": {**model, "attn_implementation": attention, "config": config},
         "software": {name: _version(name, method) for name in software},

@@ -1,8 +1,8 @@
 """Rows to tokens, once for all ranks and all runs on the same data.
 
-The tokens lie in one safetensors file, which says its own hash: `input_ids`, all rows joined, and for each row its
-`stops` (end in `input_ids`), `prompts` (tokens of the prompt, which are not trained on), `sources` (row number in the
-dataset) and `uncut` (tokens before max_length cut it).
+The tokens of a source lie in one safetensors file, which says its own hash: `input_ids`, all rows joined; `supervised`,
+whether each is learned (1) or of a prompt (0); and for each row its `stops` (end in `input_ids`), `sources` (its number
+in the dataset) and `uncut` (tokens before max_length cut it).
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from abba.errors import CheckpointError, DataError
 from abba.parsing import parse_json
 from abba.prepared import content_digest, write_prepared
 from abba.storage import SafetensorsFile, free_bytes, in_gb, make_directory
-from abba.text.encode import encode_prompt, encode_response
-from abba.text.prompt import DEFAULT_PROMPT, PROMPTS
-from abba.text.rows import BadRows, RowSource, content_of, usable_rows
+from abba.text.examples import examples, prompt_content
+from abba.text.prompt import DEFAULT_PROMPT
+from abba.text.rows import BadRows, RowSource, content_of
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LAYOUT = {
     "input_ids": torch.int32,
+    "supervised": torch.uint8,
     "stops": torch.int64,
-    "prompts": torch.int64,
     "sources": torch.int64,
     "uncut": torch.int64,
 }
@@ -41,13 +41,19 @@ def tokens_path(
     directory: Path,
     prompt: str = DEFAULT_PROMPT,
 ) -> Path:
-    """Where the tokens of `source` belong: named by a hash of everything that they depend on, and of nothing else."""
+    """Where the tokens of `source` belong: named by a hash of everything that they depend on, and of nothing else.
+
+    Raises:
+        DataError: the dataset cannot be found.
+        RecipeError: a chat template is needed, and the tokenizer has none.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    taken = [source.split, source.instruction_field, source.input_field, source.response_field, source.max_rows]
+    fields = [source.instruction_field, source.input_field, source.response_field, source.messages_field]
+    taken = [source.split, *fields, source.max_rows]
     limits = (max_length, max_bad_rows)
     parts = [FORMAT_VERSION, content_of(source), taken, limits]
-    parts += [vocabulary, tokenizer.eos_token_id, PROMPTS[prompt]]
+    parts += [vocabulary, tokenizer.eos_token_id, prompt_content(source, tokenizer, prompt)]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return directory / f"tokens-{digest[:20]}.safetensors"
 
@@ -64,23 +70,27 @@ def prepare_tokens(
 
     Raises:
         DataError: the dataset cannot be read, lacks the fields, is empty, or has more bad rows than allowed.
+        RecipeError: a chat template is needed, and the tokenizer has none.
         CheckpointError: `path` cannot be written.
     """
     make_directory(path.parent, "data.prepared_path")
     bad, total = BadRows(), 0
     ids: list[np.ndarray] = []
-    columns: dict[str, list[int]] = {"stops": [], "prompts": [], "sources": [], "uncut": []}
-    for numbers, instructions, responses in usable_rows(source, bad):
-        prompts = encode_prompt(tokenizer, instructions, prompt)
-        for row, asked, response in zip(numbers, prompts, encode_response(tokenizer, responses), strict=True):
-            if len(asked) >= max_length:
-                bad.add(row, f"all labels are masked: the prompt alone fills data.max_length={max_length} tokens")
-                continue
-            example = [*asked, *response]
-            ids.append(np.asarray(example[:max_length], dtype=np.int32))
-            total += len(ids[-1])
-            for name, value in zip(columns, (total, len(asked), row, len(example)), strict=True):
-                columns[name].append(value)
+    supervised: list[np.ndarray] = []
+    columns: dict[str, list[int]] = {"stops": [], "sources": [], "uncut": []}
+    for example in examples(source, tokenizer, prompt, bad):
+        if example.learned[0][0] >= max_length:
+            reason = f"all labels are masked: the prompt alone fills data.max_length={max_length} tokens"
+            bad.add(example.row, reason)
+            continue
+        mask = np.zeros(len(example.ids), dtype=np.uint8)
+        for start, stop in example.learned:
+            mask[start:stop] = 1
+        ids.append(np.asarray(example.ids[:max_length], dtype=np.int32))
+        supervised.append(mask[:max_length])
+        total += len(ids[-1])
+        for name, value in zip(columns, (total, example.row, len(example.ids)), strict=True):
+            columns[name].append(value)
     if bad.reasons.total() > max_bad_rows:
         raise DataError(
             f"{source.path}: {bad.reasons.total()} rows cannot be trained on ({bad.first}); "
@@ -89,7 +99,9 @@ def prepare_tokens(
     if not ids:
         raise DataError(f"{source.path}: has no row to train on")
     tensors = {name: torch.tensor(values) for name, values in columns.items()}
-    write_tokens(path, {"input_ids": torch.from_numpy(np.concatenate(ids)), **tensors}, bad.reasons)
+    tensors |= {"input_ids": torch.from_numpy(np.concatenate(ids))}
+    tensors |= {"supervised": torch.from_numpy(np.concatenate(supervised))}
+    write_tokens(path, tensors, bad.reasons)
 
 
 def write_tokens(path: Path, tensors: Mapping[str, Tensor], left_out: Mapping[str, int]) -> None:
@@ -111,8 +123,33 @@ def write_tokens(path: Path, tensors: Mapping[str, Tensor], left_out: Mapping[st
         ) from error
 
 
-class TokenizedRows:
-    """The rows of a tokens file, verified and read into memory: 4 bytes a token.
+class Rows:
+    """Tokenised rows, by their numbers from 0: how long each is, and what is learned of it. Shapes: (rows,)."""
+
+    lengths: Tensor  # tokens
+    learned: Tensor  # tokens
+    uncut: Tensor  # tokens before max_length cut them
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def length(self, row: int) -> int:
+        return int(self.lengths[row])
+
+    def tokens(self, rows: list[int]) -> int:
+        return int(self.lengths[torch.tensor(rows)].sum())
+
+    def supervised_tokens(self, rows: list[int]) -> int:
+        return int(self.learned[torch.tensor(rows)].sum())
+
+    @property
+    def cut(self) -> int:
+        """Rows that max_length has cut."""
+        return int((self.uncut > self.lengths).sum())
+
+
+class TokenizedRows(Rows):
+    """The rows of a tokens file, verified and read into memory: 5 bytes a token.
 
     Raises:
         CheckpointError: the file is damaged, or is no tokens file.
@@ -128,14 +165,15 @@ class TokenizedRows:
             said, self.sha256 = file.metadata.get("left_out", ""), file.metadata.get("sha256", "")
         if content_digest(tensors, {"left_out": said}) != self.sha256:
             raise CheckpointError(f"{path}: is damaged: its SHA-256 is another one than it says; delete it")
-        self._ids, self._stops, self._prompts, self.sources, self.uncut = tensors.values()
+        self._ids, self._supervised, self._stops, self.sources, self.uncut = tensors.values()
         self._starts = torch.cat([self._stops.new_zeros(1), self._stops[:-1]])
         self.lengths = self._stops - self._starts
-        rows = {len(tensors[name]) for name in LAYOUT if name != "input_ids"}
+        rows = {len(tensors[name]) for name in ("stops", "sources", "uncut")}
         if len(rows) > 1 or not len(self) or self._stops[-1] != len(self._ids) or self._ids.min() < 0:
             raise CheckpointError(f"{path}: its tensors do not belong together; delete it")
-        if (self.lengths < 1).any() or (self._prompts < 1).any() or (self._prompts >= self.lengths).any():
+        if (self.lengths < 1).any():
             raise CheckpointError(f"{path}: has rows that end before they start; delete it")
+        self._check_supervised()
         if (self.uncut < self.lengths).any():
             raise CheckpointError(f"{path}: has rows that are longer than they were; delete it")
         try:
@@ -149,11 +187,6 @@ class TokenizedRows:
         return int(self._ids.max())
 
     @property
-    def cut(self) -> int:
-        """Rows that max_length has cut."""
-        return int((self.uncut > self.lengths).sum())
-
-    @property
     def notes(self) -> list[str]:
         """What was left out or cut, in words."""
         notes = [f"left out {count} rows: {reason}" for reason, count in self.left_out.items()]
@@ -161,20 +194,22 @@ class TokenizedRows:
             notes.append(f"cut {self.cut} of {len(self)} rows to data.max_length={self.lengths.max()} tokens")
         return notes
 
-    def __len__(self) -> int:
-        return len(self._stops)
-
     def input_ids(self, row: int) -> Tensor:
         return self._ids[self._starts[row] : self._stops[row]]
 
-    def length(self, row: int) -> int:
-        return int(self.lengths[row])
+    def supervised(self, row: int) -> Tensor:
+        """The places of what is learned of a row, ascending; never its first token, which nothing predicts."""
+        return self._supervised[self._starts[row] : self._stops[row]].nonzero().flatten()
 
-    def prompt_length(self, row: int) -> int:
-        return int(self._prompts[row])
+    def row_name(self, row: int) -> str:
+        """The number of a row in its dataset, counted from 1."""
+        return str(int(self.sources[row]) + 1)
 
-    def tokens(self, rows: list[int]) -> int:
-        return int(self.lengths[torch.tensor(rows)].sum())
-
-    def supervised_tokens(self, rows: list[int]) -> int:
-        return self.tokens(rows) - int(self._prompts[torch.tensor(rows)].sum())
+    def _check_supervised(self) -> None:
+        wrong = len(self._supervised) != len(self._ids) or self._supervised.max() > 1
+        if wrong or self._supervised[self._starts].any():
+            raise CheckpointError(f"{self.path}: has tokens that are supervised and cannot be; delete it")
+        counted = np.add.reduceat(self._supervised.numpy(), self._starts.numpy(), dtype=np.int64)
+        self.learned = torch.from_numpy(counted)  # tokens of each row
+        if (self.learned < 1).any():
+            raise CheckpointError(f"{self.path}: has rows of which nothing is learned; delete it")

@@ -100,12 +100,24 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     section = raw
     *parents, last = key.split(".")
     for parent in parents:
-        if section.get(parent) is None:
-            section[parent] = {}
-        section = section[parent]
-        if not isinstance(section, dict):
+        section = _inner(section, parent, override)
+        if not isinstance(section, dict | list):
             raise RecipeError(f"{override!r}: {parent} is a value, not a section")
+    if isinstance(section, list):
+        raise RecipeError(f"{override!r}: {parents[-1]} is a list; name a key of one of its items, such as 0.{last}")
     section[last] = parse_yaml(text, override) if text.strip() else None
+
+
+def _inner(section: dict[str, Any] | list[Any], key: str, override: str) -> Any:
+    """What lies under `key`: of a section, which is made where there is none, or of a list by its number from 0."""
+    if isinstance(section, list):
+        places = [str(place) for place in range(len(section))]
+        if key not in places:
+            raise RecipeError(f"{override!r}: {key} is none of the {len(places)} items, which are numbered from 0")
+        return section[places.index(key)]
+    if section.get(key) is None:
+        section[key] = {}
+    return section[key]
 
 
 def suggestion(word: str, known: list[str]) -> str:

@@ -55,7 +55,7 @@ def dense_loss(run, base):
     total = 0.0
     with torch.no_grad():
         for row in rows:
-            ids, prompt = data.input_ids(row).long()[None], data.prompt_length(row)
+            ids, prompt = data.input_ids(row).long()[None], int(data.supervised(row)[0])
             logits = model(ids).logits[0, prompt - 1 : -1]
             total += float(F.cross_entropy(logits, ids[0, prompt:], reduction="sum"))
     return total / data.supervised_tokens(rows)

@@ -88,7 +88,7 @@ def plain_losses(method, base, tokens, rate=RATE):
         rows = plan.global_rows(step)
         losses = []
         for row in rows:
-            ids, prompt = data.input_ids(row).long()[None], data.prompt_length(row)
+            ids, prompt = data.input_ids(row).long()[None], int(data.supervised(row)[0])
             losses.append(F.cross_entropy(model(ids).logits[0, prompt - 1 : -1], ids[0, prompt:], reduction="sum"))
         loss = sum(losses) / data.supervised_tokens(rows)
         loss.backward()

@@ -43,7 +43,7 @@ def plain(base, runs):
     for step in range(STEPS):
         total, count = 0.0, 0
         for row in plan.global_rows(step):
-            ids, prompt = data.input_ids(row).long()[None], data.prompt_length(row)
+            ids, prompt = data.input_ids(row).long()[None], int(data.supervised(row)[0])
             logits = model(ids).logits[0, prompt - 1 : -1]
             total = total + F.cross_entropy(logits, ids[0, prompt:], reduction="sum")
             count += ids.shape[1] - prompt
@@ -81,7 +81,7 @@ def test_step_zero_loss_is_that_of_from_pretrained(runs, plain, base):
     with torch.no_grad():
         for row in plan.global_rows(0):
             ids, labels = data.input_ids(row).long()[None], data.input_ids(row).long()[None].clone()
-            labels[0, : data.prompt_length(row)] = -100
+            labels[0, : int(data.supervised(row)[0])] = -100
             supervised = int((labels != -100).sum())
             total += float(model(ids, labels=labels).loss) * supervised
             count += supervised

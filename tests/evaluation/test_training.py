@@ -19,7 +19,7 @@ def test_a_recipe_names_a_task_and_a_prompt_that_exist():
     assert recipe.evaluate.max_new_tokens is None and recipe.data.prompt == "alpaca"
     for override, said in (
         ("evaluate.task=gsm9k", "evaluate.task: 'gsm9k' is no task; did you mean gsm8k?; there are gsm8k, math, boolq"),
-        ("data.prompt=chat", "data.prompt: 'chat' is not one of 'alpaca' or 'plain'"),
+        ("data.prompt=chatml", "data.prompt: 'chatml' is not one of 'alpaca', 'plain' or 'chat'"),
     ):
         with pytest.raises(RecipeError) as refused:
             load_recipe("quickstart", ["evaluate.path=dataset", override], RECIPES)

@@ -50,6 +50,18 @@ def test_rows_that_are_not_known_are_said_to_be(tmp_path):
     assert "an epoch of 3,136 rows" in counted.stdout and "100 steps" in counted.stdout, "3,200 without 64 held out"
 
 
+def test_an_epoch_of_several_sources_is_as_long_as_their_weights_make_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n" * 100)
+    (tmp_path / "b.jsonl").write_text("{}\n\n" * 300)
+    sources = f"[{{path: {tmp_path}/a.jsonl}}, {{path: {tmp_path}/b.jsonl, weight: 0.5, max_rows: 200}}]"
+    mixed = ["data.path=", f"data.sources={sources}", "data.name="]
+    planned = plan(tmp_path / "out", "--recipe", "gsm8k", "--json", *mixed, "data.eval_rows=30")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["rows"] == 180, "a tenth of each is held out"
+    unknown = [*mixed[:1], "data.sources=[{path: openai/gsm8k, name: main}, {path: nobody/knows}]"]
+    assert "rows are not counted" in plan(tmp_path / "other", "--recipe", "gsm8k", *unknown, "train.max_steps=").stdout
+
+
 def test_the_table_of_gpus(tmp_path):
     lines = plan(tmp_path, "--recipe", "llama70b_gsm8k", "--table").stdout.splitlines()
     assert lines[0] == "| GPUs | 24 GB | 48 GB | 80 GB | 141 GB |"

@@ -66,7 +66,7 @@ def program(tmp_path):
     def run(*command, **variables):
         home = environment(HF_HOME=str(tmp_path / "hf"), **variables)
         where = [f"data.prepared_path={tmp_path / 'prepared'}", f"output_dir={tmp_path / 'run'}"]
-        command = [sys.executable, *command, "--recipe", "quickstart", *HUBS, *SHORT, *where]
+        command = [sys.executable, command[0], "--recipe", "quickstart", *HUBS, *SHORT, *where, *command[1:]]
         return subprocess.run(command, cwd=ROOT, env=home, capture_output=True, text=True, timeout=240)
 
     return run
@@ -100,6 +100,25 @@ def test_what_is_fetched_once_is_all_that_a_job_needs(hub, program, tmp_path):
     assert "holds these rows as tokens already" in job.stdout and "tokenised into" not in job.stdout
     kept = sorted(path.name for path in (tmp_path / "prepared").iterdir())
     assert [name.partition("-")[0] for name in kept] == ["factors", "tokens"], "the second is the job's"
+
+
+def test_every_source_of_a_mixture_is_fetched(hub, program, tmp_path):
+    hub.repositories["datasets/other/stories"] = {"a.jsonl": b"".join(LINES[:7])}
+    sources = ["data.path=", "data.name=", "data.sources=[{path: some/stories, name: main}, {path: other/stories}]"]
+    with hub.serving() as endpoint:
+        fetched = program("launch/prepare.py", *sources, HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint)
+        assert fetched.returncode == 0, fetched.stderr
+    assert said(fetched, "data.sources.") == [
+        f"data.sources.{number}: {line}"
+        for number, name in enumerate(("some/stories", "other/stories"))
+        for line in (
+            f"fetching {name} from the Hub",
+            f"{name} at commit {COMMIT}; data.sources.{number}.revision can pin it",
+        )
+    ]
+    assert said(fetched, "other/stories: ") == [
+        "other/stories: 7 rows to train on, weight 1: 7 of an epoch's 57, 12.3%"
+    ]
 
 
 @pytest.fixture

@@ -49,8 +49,8 @@ class Rows:
     def length(self, row):
         return self._lengths[row]
 
-    def prompt_length(self, row):
-        return 1
+    def supervised(self, row):
+        return torch.arange(1, self._lengths[row])
 
 
 def build(family, attention, layers=3, *, vocab=256, mode="none", rank=4, packing=False, shape=ROWS_OF_TOKENS, **more):

@@ -1,4 +1,4 @@
-"""A model directory may bring programs along: configuration, tokenizer, chat template. None of them is run."""
+"""A model directory may bring programs along: configuration, tokenizer, chat template. None of them is run unasked."""
 
 import json
 import shutil
@@ -10,8 +10,9 @@ import transformers.dynamic_module_utils
 from transformers import AutoConfig
 
 from abba.base_model import build_empty, find_base, load_config, load_tokenizer, load_whole
-from abba.errors import CheckpointError
+from abba.errors import CheckpointError, RecipeError
 from abba.text.encode import encode_prompt
+from abba.text.prompt import CHAT
 from tests import warm
 from tests.distributed.ranks import STORIES, TINY
 
@@ -144,7 +145,7 @@ TEMPLATE = (
 )
 
 
-def test_a_chat_template_is_never_rendered(base, canary, monkeypatch):
+def test_a_chat_template_is_not_rendered_unasked(base, canary, monkeypatch):
     plain = encode_prompt(load_tokenizer(base), ["Ann has 3 pens."])
     template = TEMPLATE.format(canary=canary)
     edit(base / "tokenizer_config.json", chat_template=template)
@@ -161,6 +162,27 @@ def test_a_chat_template_is_never_rendered(base, canary, monkeypatch):
     assert "os.system" in str(tokenizer.chat_template), "it is there, as text"
     assert encode_prompt(tokenizer, ["Ann has 3 pens."]) == plain
     load_whole(base, torch.float32, "eager")
+
+
+ATTACKS = [
+    "{% set ns = cycler.__init__.__globals__ %}{{ ns.os.system('touch {canary}') }}",
+    "{{ lipsum.__globals__['os'].popen('touch {canary}').read() }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{% for x in range(10**9) %}{% endfor %}",
+    "{{ messages.append(1) }}",
+    "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+    "{% include '/etc/passwd' %}",
+    "{% if %}",
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_chat_template_that_is_asked_for_writes_text_and_nothing_else(base, canary, attack):
+    (base / "chat_template.jinja").write_text(attack.replace("{canary}", str(canary)))
+    tokenizer = load_tokenizer(base)
+    with pytest.raises(RecipeError, match="the prompt chat: the chat template refuses it") as refused:
+        encode_prompt(tokenizer, ["Ann has 3 pens."], CHAT)
+    assert "\n" not in str(refused.value)
 
 
 def test_the_architecture_is_built_with_the_attention_that_was_asked_for(base, canary):

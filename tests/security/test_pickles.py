@@ -243,7 +243,10 @@ def test_in_place_of_the_tokens_of_a_run(tmp_path, canary, kind):
 @pytest.mark.parametrize(
     "change",
     [
-        {"prompts": torch.tensor([9])},
+        {"supervised": torch.tensor([1, 1, 1]).byte()},
+        {"supervised": torch.tensor([0, 0, 0]).byte()},
+        {"supervised": torch.tensor([0, 2, 1]).byte()},
+        {"supervised": torch.tensor([0, 1]).byte()},
         {"uncut": torch.tensor([2])},
         {"uncut": torch.tensor([3, 3])},
         {"stops": torch.tensor([2])},
@@ -256,7 +259,7 @@ def test_in_place_of_the_tokens_of_a_run(tmp_path, canary, kind):
 )
 def test_tokens_that_do_not_belong_together(tmp_path, change):
     right = {"input_ids": torch.arange(3, dtype=torch.int32), "stops": torch.tensor([3])}
-    right |= {"prompts": torch.tensor([1]), "sources": torch.tensor([0]), "uncut": torch.tensor([3])}
+    right |= {"supervised": torch.tensor([0, 1, 1]).byte(), "sources": torch.tensor([0]), "uncut": torch.tensor([3])}
     write_tokens(tmp_path / "right.safetensors", right, {})
     assert len(TokenizedRows(tmp_path / "right.safetensors")) == 1
     write_tokens(tmp_path / "wrong.safetensors", {**right, **change}, {})

@@ -240,7 +240,7 @@ def test_hostile_weights_of_a_base_that_is_loaded_whole(tmp_path, header, named)
 @pytest.mark.parametrize("said", ["[", "[" * 50_000, "{}", '{"x\\u001b[2J": 3}', "9" * 5000, '{"x": "y"}', "[3]"])
 def test_what_a_tokens_file_says_of_rows_left_out(tmp_path, said):
     tensors = {"input_ids": torch.arange(3, dtype=torch.int32), "stops": torch.tensor([3])}
-    tensors |= {"prompts": torch.tensor([1]), "sources": torch.tensor([0]), "uncut": torch.tensor([3])}
+    tensors |= {"supervised": torch.tensor([0, 1, 1]).byte(), "sources": torch.tensor([0]), "uncut": torch.tensor([3])}
     save_file(
         tensors, tmp_path / "x.safetensors", {"left_out": said, "sha256": content_digest(tensors, {"left_out": said})}
     )

@@ -41,13 +41,17 @@ def prepared(tmp_path, tokenizer, where, max_length=512, max_bad_rows=0):
     return TokenizedRows(path)
 
 
+def prompt_length(data, row):
+    return int(data.supervised(row)[0])
+
+
 IGNORED = -100
 ROW = {"question": "Ann has 3 pens. How many?", "answer": "There are 3.\n#### 3"}
 
 
 def test_an_example_is_bos_prompt_response_eos(tmp_path, tokenizer):
     data = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW)))
-    ids, prompt = data.input_ids(0).tolist(), data.prompt_length(0)
+    ids, prompt = data.input_ids(0).tolist(), prompt_length(data, 0)
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[1:prompt]) == render_prompt(ROW["question"])
@@ -87,7 +91,7 @@ def test_targets_are_the_response_and_its_eos_only(tmp_path, tokenizer, lines):
     for number, line in enumerate(lines):
         start = 0
         for row in line:
-            stop, prompt = start + data.length(row), data.prompt_length(row)
+            stop, prompt = start + data.length(row), prompt_length(data, row)
             ids, targets = batch.input_ids[number, start:stop], all_targets[number, start:stop]
             assert torch.equal(ids, data.input_ids(row).long())
             assert batch.position_ids[number, start:stop].tolist() == list(range(stop - start))
@@ -98,6 +102,43 @@ def test_targets_are_the_response_and_its_eos_only(tmp_path, tokenizer, lines):
             start = stop
         assert (all_targets[number, start:] == IGNORED).all()
     assert len(batch.targets) == data.supervised_tokens([0, 1])
+
+
+TALK = [("user", "3 and 4?"), ("assistant", "7"), ("user", "and 5?"), ("assistant", "12\n#### 12")]
+TALK = [{"role": role, "content": content} for role, content in TALK]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<<' + m.role + '>>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+)
+TEMPLATE += "{% if add_generation_prompt %}{{ '<<assistant>>\n' }}{% endif %}"
+
+
+def conversations(tmp_path, *talks, max_length=512):
+    """Tokens of conversations, by a copy of the tokenizer with a template."""
+    chatty = AutoTokenizer.from_pretrained(TINY)
+    chatty.chat_template = TEMPLATE
+    path = write_rows(tmp_path, *({"messages": talk} for talk in talks))
+    where = source(path, instruction_field=None, response_field=None, messages_field="messages")
+    return prepared(tmp_path, chatty, where, max_length)
+
+
+@pytest.mark.parametrize("lines", [[[0], [1]], [[0, 1]], [[1, 0]]], ids=str)
+def test_targets_of_conversations_are_the_assistants_turns(tmp_path, tokenizer, lines):
+    data = conversations(tmp_path, TALK, TALK[:2])
+    batch = collate(data, lines, tokenizer.eos_token_id, torch.device("cpu"))
+    flat = batch.input_ids.flatten()
+    assert torch.equal(flat[batch.predictors + 1], batch.targets), "each position predicts the next token"
+    texts = {0: "7</s>12\n#### 12</s>", 1: "7</s>"}
+    assert tokenizer.decode(batch.targets.tolist()) == "".join(texts[row] for row in batch.rows)
+    assert len(batch.targets) == data.supervised_tokens([0, 1]) == data.learned.sum()
+
+
+def test_a_conversation_is_cut_and_one_whose_answers_are_cut_away_is_bad(tmp_path):
+    whole = conversations(tmp_path, TALK)
+    limit = whole.supervised(0)[1] + 3  # in the second question
+    cut = conversations(tmp_path, TALK, max_length=int(limit))
+    assert cut.length(0) == limit and cut.uncut[0] == whole.length(0) and len(cut.supervised(0)) == 2
+    with pytest.raises(DataError, match="all labels are masked"):
+        conversations(tmp_path, TALK, max_length=int(whole.supervised(0)[0]))
 
 
 def test_padding_does_not_change_the_loss(tmp_path, tokenizer):
@@ -151,8 +192,8 @@ def test_input_fields_are_appended_and_long_rows_cut_and_counted(tmp_path, token
         write_rows(tmp_path, row), instruction_field="instruction", input_field="input", response_field="response"
     )
     data = prepared(tmp_path, tokenizer, where)
-    assert "Add.\n3 and 4" in tokenizer.decode(data.input_ids(0)[: data.prompt_length(0)].tolist())
-    limit = data.prompt_length(0) + 1
+    assert "Add.\n3 and 4" in tokenizer.decode(data.input_ids(0)[: prompt_length(data, 0)].tolist())
+    limit = prompt_length(data, 0) + 1
     short = prepared(tmp_path, tokenizer, where, limit)
     assert len(short.input_ids(0)) == limit and short.notes == [f"cut 1 of 1 rows to data.max_length={limit} tokens"]
 

@@ -34,8 +34,8 @@ class Rows:
     def length(self, row):
         return len(self.ids[row])
 
-    def prompt_length(self, row):
-        return max(1, len(self.ids[row]) // 3)
+    def supervised(self, row):
+        return torch.arange(max(1, len(self.ids[row]) // 3), len(self.ids[row]))
 
 
 def adapted(family, **changes):

@@ -10,6 +10,7 @@ import abba.training.prepare
 from abba.errors import CheckpointError
 from abba.training.batches import BatchPlan, collate, lines_of
 from abba.training.data_report import data_report, padding_share, percentile
+from abba.training.mixture import Mixture, epoch_rows
 from abba.training.prepare import prepare
 from abba.training.recipe import load_recipe
 from abba.training.tokens import TokenizedRows, write_tokens
@@ -49,14 +50,14 @@ def test_runs_on_the_same_data_tokenise_once(recipe, tokenised, tmp_path):
     copy.write_bytes((ROOT / "recipes/assets/stories/train.jsonl").read_bytes())
     for overrides in (["output_dir=runs/b", "train.learning_rate=1e-5"], ["data.eval_rows=9"], [f"data.path={copy}"]):
         again = prepare(recipe(*overrides), True, print)[2]
-        assert again.sha256 == first.sha256 and again.path == first.path
+        assert again.sha256 == first.sha256 and again.parts[0].path == first.parts[0].path
     assert len(tokenised) == 1
     assert prepare(recipe("data.max_rows=81"), True, print)[2].sha256 != first.sha256
     assert len(tokenised) == 2
 
 
 def test_every_damage_is_seen_and_mended(recipe, tokenised):
-    path = prepare(recipe(), True, print)[2].path
+    path = prepare(recipe(), True, print)[2].parts[0].path
     right, draw = path.read_bytes(), random.Random(7)
     for trial in range(200):
         wrong = bytearray(right)
@@ -78,7 +79,7 @@ def test_every_damage_is_seen_and_mended(recipe, tokenised):
 
 @pytest.mark.parametrize("start", ["nothing", "damaged"])
 def test_the_other_ranks_wait_for_rank_0(recipe, tokenised, start):
-    path = prepare(recipe(), True, print)[2].path
+    path = prepare(recipe(), True, print)[2].parts[0].path
     right = path.read_bytes()
     path.unlink() if start == "nothing" else path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     found = []
@@ -95,19 +96,21 @@ def test_a_rank_that_sees_another_disk_says_so(recipe, monkeypatch):
     monkeypatch.setattr(abba.training.prepare, "SHARED_WITHIN_SECONDS", 0.3)
     with pytest.raises(CheckpointError, match=r"data\.prepared_path .*put it on storage that all nodes share"):
         prepare(recipe(), False, print)
-    path = prepare(recipe(), True, print)[2].path
+    path = prepare(recipe(), True, print)[2].parts[0].path
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="tokens-"):
         prepare(recipe(), False, print)
 
 
 def rows_of(tmp_path, uncut, prompts, max_length, left_out=None):
-    """A tokens file of rows with these lengths and prompts."""
+    """Rows with these lengths and prompts, from a tokens file."""
     lengths = torch.tensor(uncut).clamp(max=max_length)
     tensors = {"input_ids": torch.arange(int(lengths.sum()), dtype=torch.int32), "stops": lengths.cumsum(0)}
-    tensors |= {"prompts": torch.tensor(prompts), "sources": torch.arange(len(uncut)), "uncut": torch.tensor(uncut)}
-    write_tokens(tmp_path / "tokens-x.safetensors", tensors, left_out or {})
-    return TokenizedRows(tmp_path / "tokens-x.safetensors")
+    pairs = zip(lengths.tolist(), prompts, strict=True)
+    masks = [torch.arange(length) >= prompt for length, prompt in pairs]
+    tensors |= {"supervised": torch.cat(masks).byte(), "sources": torch.arange(len(uncut))}
+    write_tokens(tmp_path / "tokens-x.safetensors", {**tensors, "uncut": torch.tensor(uncut)}, left_out or {})
+    return Mixture([TokenizedRows(tmp_path / "tokens-x.safetensors")], ["x"], [1.0])
 
 
 def test_the_reports_numbers_are_those_of_a_dataset_made_by_hand(tmp_path):
@@ -122,6 +125,19 @@ def test_the_reports_numbers_are_those_of_a_dataset_made_by_hand(tmp_path):
     assert padding == "padding: 64.0% of what is computed, at 20 rows a micro-batch"  # 360 of 20 x 50
     assert steps == "steps: 3 of 20 rows, 3.00 epochs"
     assert data.notes == ["left out 3 rows: answer is empty", "cut 2 of 20 rows to data.max_length=50 tokens"]
+
+
+def test_the_report_of_a_mixture_counts_an_epoch(tmp_path):
+    parts = [rows_of(tmp_path, [10] * 10, [4] * 10, 50).parts[0], rows_of(tmp_path, [30] * 4, [9] * 4, 50).parts[0]]
+    data = Mixture(parts, ["a.jsonl", "b.jsonl"], [0.5, 2.0])
+    plan = BatchPlan(list(range(14)), 13, 13, 0, None, epoch_rows(data, list(range(14)), 0))
+    rows, first, second, _, tokens, padding, steps = data_report(data, plan, 2, None)
+    assert rows == "rows: 14 to train on, 0 held out, 0 left out, 0 cut"
+    assert first == "a.jsonl: 10 rows to train on, weight 0.5: 5 of an epoch's 13, 38.5%"
+    assert second == "b.jsonl: 4 rows to train on, weight 2: 8 of an epoch's 13, 61.5%"
+    assert tokens == "tokens: 290; 68.3% of them are learned from, the others are prompt"  # 5 x 10 + 8 x 30; 30 + 168
+    assert padding == "padding: 25.6% of what is computed, at 13 rows a micro-batch"  # 290 of 13 x 30
+    assert steps == "steps: 2 of 13 rows, 2.00 epochs"
 
 
 def test_the_padding_is_that_of_the_batches_which_are_trained_on(tmp_path):
