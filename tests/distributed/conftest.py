@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from abba.base_model import choose_dtype
 from tests.distributed.ranks import NOTHING_STAYS, STORIES, TINY, probe
 from tests.models import tiny_model
 
@@ -18,6 +19,9 @@ SHAPE = {
     "eos_token_id": 2,
 }
 STEPS = 8
+# A CPU without instructions for bfloat16 is slow at it: few rows there, or what is fast.
+FAST = f"model.dtype={choose_dtype('auto')[0]}"
+IN_BFLOAT16 = ["model.dtype=bfloat16", "train.max_steps=4", "train.global_batch_size=2"]
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,14 @@
 import pytest
 
 from tests import warm
+from tests.distributed.conftest import FAST
 from tests.distributed.ranks import run_ranks
 
 
 @pytest.mark.parametrize("world, frozen", [(1, "without"), (2, "with"), (4, "without")])
 def test_deepspeeds_checkpoint_becomes_the_adapter_that_ours_becomes(tmp_path, arguments, base, world, frozen):
     native, run = tmp_path / f"{frozen}-frozen", tmp_path / "run"
-    command = ["tests/distributed/save_native.py", str(native), *arguments(run, "train.max_steps=2")]
-    command += ["model.dtype=bfloat16"]
+    command = ["tests/distributed/save_native.py", str(native), *arguments(run, "train.max_steps=2", FAST)]
     for finished in run_ranks(tmp_path / "ranks", [[*command] for _ in range(world)]):
         assert finished.returncode == 0, finished.stderr
     adapters = []

@@ -11,6 +11,7 @@ from abba.planning.job import Sharding
 from abba.sharded.engine import engine_config
 from abba.sharded.ranks import Ranks
 from tests import warm
+from tests.distributed.conftest import FAST, IN_BFLOAT16
 from tests.distributed.ranks import TINY, probe
 from tests.distributed.test_hierarchy import HPZ
 from tests.distributed.test_hierarchy import SHORT as ON_NODES
@@ -51,12 +52,10 @@ def assert_equal_to_plan(found, plan):
         ("world1", 1, []),
         ("world2", 2, []),
         ("world4", 4, []),
-        ("bf16", 2, ["model.dtype=bfloat16"]),
-        ("selective", 2, ["model.dtype=bfloat16", "train.gradient_checkpointing=selective"]),
+        ("bf16", 2, IN_BFLOAT16),
+        ("selective", 2, [FAST, "train.gradient_checkpointing=selective"]),
         *(
-            pytest.param(
-                mode, 2, ["model.dtype=bfloat16", f"train.gradient_checkpointing={mode}"], marks=beyond_make_test
-            )
+            pytest.param(mode, 2, [FAST, f"train.gradient_checkpointing={mode}"], marks=beyond_make_test)
             for mode in ("none", "non_reentrant")
         ),
     ],

@@ -14,7 +14,7 @@ from abba.checkpoint.format import ShardReader, list_checkpoints, read_state
 from abba.storage import SafetensorsFile
 from abba.training.batches import BatchPlan, split_rows
 from abba.training.tokens import TokenizedRows
-from tests.distributed.conftest import STEPS
+from tests.distributed.conftest import FAST, IN_BFLOAT16, STEPS
 from tests.distributed.ranks import read_metrics
 from tests.faults.harness import beyond_make_test
 
@@ -133,14 +133,14 @@ def test_factors_by_svd_are_bit_equal_at_every_world_size(runs, base):
 
 
 def test_masters_start_from_the_unrounded_svd(runs):
-    run, found = runs("bf16", 2, "model.dtype=bfloat16")
+    run, found = runs("bf16", 2, *IN_BFLOAT16)
     for rank in found:
         assert rank["masters_equal_to_their_bf16"] == 0, "a master that equals its bf16 round trip was rounded"
     assert losses(run)[-1] < losses(run)[0]
 
 
 def test_rope_buffers_stay_fp32_in_bf16(runs):
-    _, found = runs("bf16", 2, "model.dtype=bfloat16")
+    _, found = runs("bf16", 2, *IN_BFLOAT16)
     inverse = {name: dtype for name, dtype in found[0]["buffers"].items() if "inv_freq" in name}
     assert inverse and set(inverse.values()) == {"torch.float32"}
 
@@ -154,8 +154,8 @@ def test_rope_buffers_stay_fp32_in_bf16(runs):
     ],
 )
 def test_gradient_checkpointing_does_not_change_a_bit(runs, mode, linears):
-    run, found = runs(mode, 2, "model.dtype=bfloat16", f"train.gradient_checkpointing={mode}")
-    checkpointed, found_there = runs("bf16", 2, "model.dtype=bfloat16")
+    run, found = runs(mode, 2, FAST, f"train.gradient_checkpointing={mode}")
+    checkpointed, found_there = runs("reentrant", 2, FAST)
     assert losses(run) == losses(checkpointed)
     assert found[0]["layer_forwards"] == [linears * 4] * STEPS, "7 linears of 2 layers, 4 micro-batches"
     assert found_there[0]["layer_forwards"] == [14 * 4 * 2] * STEPS
