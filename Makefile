@@ -30,7 +30,7 @@ quickstart: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/quickstart.sh
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "not slow and not slurm"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

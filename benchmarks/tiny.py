@@ -31,7 +31,8 @@ from abba.text.graders import reference_answer
 from abba.training.adapter_section import AdapterSection
 from abba.training.batches import BatchPlan, MicroBatch, collate
 from abba.training.loss import return_losses
-from abba.training.prepare import row_source
+from abba.training.mixture import Mixture
+from abba.training.prepare import row_sources
 from abba.training.recipe import DataSection, TrainSection
 from abba.training.schedule import learning_rate
 from abba.training.tokens import TokenizedRows, prepare_tokens
@@ -72,21 +73,21 @@ def tokenizer() -> Any:
 
 
 @cache
-def tokens_of(task: str, part: str, count: int) -> TokenizedRows:
+def tokens_of(task: str, part: str, count: int) -> Mixture:
     """The problems of a part as a job would hold them, its prompt around each."""
     with TemporaryDirectory(prefix="abba-compare-") as scratch:
         path = Path(scratch) / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in problems(task, part, count)))
-        source, tokens = row_source(DataSection(path=str(path))), Path(scratch) / "tokens.safetensors"
+        source, tokens = row_sources(DataSection(path=str(path)))["data"], Path(scratch) / "tokens.safetensors"
         prepare_tokens(source, MAX_LENGTH, 0, tokenizer(), tokens)
-        return TokenizedRows(tokens)
+        return Mixture([TokenizedRows(tokens)], [part], [1.0])
 
 
-def batch_of(data: TokenizedRows, rows: list[int]) -> MicroBatch:
+def batch_of(data: Mixture, rows: list[int]) -> MicroBatch:
     return collate(data, [[row] for row in rows], padding_id(tokenizer()), torch.device("cpu"))
 
 
-def train(model: nn.Module, data: TokenizedRows, settings: TrainSection) -> list[float]:
+def train(model: nn.Module, data: Mixture, settings: TrainSection) -> list[float]:
     """The loss of every step, per supervised token; it ends before an update that is not finite, as a job would."""
     batch_size = settings.global_batch_size
     plan = BatchPlan(list(range(len(data))), batch_size, settings.per_device_train_batch_size, settings.seed)
@@ -109,7 +110,7 @@ def train(model: nn.Module, data: TokenizedRows, settings: TrainSection) -> list
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, data: TokenizedRows) -> float:
+def mean_loss(model: nn.Module, data: Mixture) -> float:
     """Per supervised token."""
     batch = batch_of(data, list(range(len(data))))
     loss = float(model(*batch.inputs)) / len(batch.targets)

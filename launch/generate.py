@@ -48,9 +48,9 @@ def answer(arguments: argparse.Namespace) -> None:
     base, template = find_base(arguments.model, arguments.revision), trained_prompt(arguments.adapter)
     tokenizer, gpus = load_tokenizer(base), visible_gpus()
     dtype, note = choose_dtype(arguments.dtype)
+    model = load_for_generation(base, arguments.adapter, DTYPES[dtype], dict.fromkeys(range(gpus.count), gpus.usable))
     if note:
         print(f"model: {note}", file=sys.stderr)
-    model = load_for_generation(base, arguments.adapter, DTYPES[dtype], dict.fromkeys(range(gpus.count), gpus.usable))
     prompts = [arguments.prompt] if arguments.prompt is not None else map(str.strip, sys.stdin)
     for prompt in prompts:
         asked = (encode_prompt(tokenizer, [prompt], template), [[0]], arguments.max_new_tokens)

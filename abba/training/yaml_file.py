@@ -10,7 +10,7 @@ import yaml
 from abba.errors import RecipeError, first_line
 from abba.storage import safe_name
 
-MAX_BYTES, MAX_DEPTH, MAX_EXTENDS = 40_000, 20, 8  # 40 kB take up to a second to parse
+MAX_BYTES, MAX_DEPTH, MAX_EXTENDS = 20_000, 20, 8  # 20 kB take up to half a second to parse
 
 
 class _Loader(yaml.SafeLoader):

@@ -89,14 +89,14 @@ def test_tags_in_an_override_and_in_what_a_recipe_extends(tmp_path, canary, tag)
         "<<: [{a: 1}, {b: 2}]",
         "x: &x {a: 1}\ny:\n  <<: *x",
         "'<<': {a: 1}",
-        "[" * 10_000,
-        "{" * 10_000,
+        "[" * 19_000,
+        "{" * 19_000,
         "- " * 10_000,
         "? " * 10_000,
         "a:\n" + "".join(f"{' ' * depth}- \n" for depth in range(2, 200)),
-        "[" * 19_000 + "]" * 19_000,
-        "a: " + "9" * 30_000,
-        "a: 1" + "_1" * 15_000,
+        "[" * 9_900 + "]" * 9_900,
+        "a: " + "9" * 19_000,
+        "a: 1" + "_1" * 9_000,
         "--- 1\n--- 2\n",
         "a: 1\na: 2",
         "'a': 1\n\"a\": 2",
@@ -106,11 +106,14 @@ def test_tags_in_an_override_and_in_what_a_recipe_extends(tmp_path, canary, tag)
     ids=lambda text: ascii(text[:20]),
 )
 def test_bombs_are_refused_before_they_unfold(text):
-    tracemalloc.start()
     started = time.process_time()
     with pytest.raises(RecipeError) as caught:
         parse_yaml(text, "mine.yaml")
-    seconds, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1]
+    seconds = time.process_time() - started
+    tracemalloc.start()  # tracing takes several times as long
+    with pytest.raises(RecipeError):
+        parse_yaml(text, "mine.yaml")
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seconds < 1 and peak < 50e6, (seconds, peak)
     assert len(str(caught.value)) < 3000 and "\n" not in str(caught.value)
@@ -121,7 +124,7 @@ def test_bombs_are_refused_before_they_unfold(text):
 )
 def test_the_largest_recipe_is_read_within_a_second(tmp_path, unit):
     items, size = [], 0
-    while size < 39_000:
+    while size < 19_000:
         items.append(unit.format(len(items)))
         size += len(items[-1])
     text = "".join(items)
