@@ -155,11 +155,11 @@ def choose_dtype(wanted: str) -> tuple[str, str]:
     if wanted == "auto" and slow:
         return (
             "float32",
-            "float32, because this CPU has no instructions for bfloat16 and takes some fifty times as long",
+            "float32, because this CPU has no instructions for bfloat16 and multiplies it far more slowly",
         )
     if wanted == "bfloat16" and slow:
         return wanted, (
-            "WARNING: this CPU has no instructions for bfloat16 and takes some fifty times as long as in float32; "
+            "WARNING: this CPU has no instructions for bfloat16 and multiplies it far more slowly than float32; "
             "set the dtype to auto"
         )
     return ("bfloat16" if wanted == "auto" else wanted), ""

@@ -205,7 +205,7 @@ def rows_of(recipe: Any) -> int | None:
 
 def _count_rows(source: Any) -> int | None:
     rows = KNOWN_ROWS.get((source.path, source.name, source.split))
-    if source.path.endswith(".jsonl") and Path(source.path).is_file():
+    if source.path.endswith(".jsonl") and source.split == "train" and Path(source.path).is_file():
         with open(source.path, "rb") as file:
             rows = sum(bool(line.strip()) for line in file)
     return None if rows is None else min(rows, source.max_rows or rows)

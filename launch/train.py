@@ -52,7 +52,7 @@ def run(
     from abba.training.data_report import source_shares
     from abba.training.finish import finish
     from abba.training.loop import Stream
-    from abba.training.prepare import accumulation_steps, plan_batches, prepare
+    from abba.training.prepare import accumulation_steps, plan_batches, prepare, refuse_unlike
     from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end
 
     startup.done("imports")
@@ -78,6 +78,7 @@ def run(
     # Ranks: they meet; from now on each knows when another on its machine is dead.
     device = start_process_group(ranks, settings.ddp_timeout)
     world.meet(partial(share, device=device))
+    refuse_unlike(share(chosen.encode(), device))
     startup.done("ranks")
 
     # Resume: the newest valid checkpoint of this run, or none.

@@ -48,6 +48,9 @@ def _read_message(message: Any, field: str) -> Message:
         raise ValueError(f"{field} has the role {str(said)[:40]!r}, which is none of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"{field} has content that is {type(content).__name__}, not text")
+    lost = [key for key in ("tool_calls", "function_call") if message.get(key) is not None]
+    if lost or message.get("weight") not in (None, 1):  # OpenAI's: a turn of weight 0 is not to be learned
+        raise ValueError(f"{field} has a turn with {lost[0] if lost else 'a weight'}, which is not supported")
     if not content.strip() and role != "system":
         raise ValueError(f"{field} has an empty turn of the {role}")
     return {"role": role, "content": content.strip()}

@@ -88,7 +88,7 @@ def epoch_rows(data: Mixture, rows: list[int], seed: int) -> Callable[[int], lis
     counts: list[tuple[int, int]] = []  # times that all rows are taken, rows that are taken once more
     for name, weight, group in zip(data.names, data.weights, groups, strict=True):
         counts.append(divmod(round(weight * len(group)), max(1, len(group))))
-        if not any(counts[-1]):
+        if not any(counts[-1]) and len(groups) > 1:  # of a single source the plan says what is missing
             raise DataError(
                 f"{name}: its {len(group)} training rows at weight={weight:g} are less than a row an epoch; raise its "
                 "weight, lower data.eval_rows, or leave this source out"

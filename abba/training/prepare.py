@@ -39,6 +39,20 @@ def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> 
     return accumulation
 
 
+def refuse_unlike(dtypes: list[bytes]) -> None:
+    """What `model.dtype=auto` comes to on each rank has to be the same.
+
+    Raises:
+        RecipeError: nodes with unlike processors.
+    """
+    for rank, dtype in enumerate(dtypes):
+        if dtype != dtypes[0]:
+            raise RecipeError(
+                f"model.dtype: auto is {dtypes[0].decode()} on rank 0 and {dtype.decode()} on rank {rank}, whose "
+                "processors differ; write one of them"
+            )
+
+
 def row_sources(data: DataSection) -> dict[str, RowSource]:
     """Where the rows are; each by the name of its section in the recipe."""
     fields = [field.name for field in dataclasses.fields(RowSource)]
@@ -122,17 +136,17 @@ def tokens_paths(data: DataSection, tokenizer: Any, directory: Path) -> dict[str
     """Where the tokens of each source belong.
 
     Raises:
-        RecipeError: two sources have the same rows: what is held out of one would be trained on in the other.
+        RecipeError: two sources have rows in common: what is held out of one would be trained on in the other.
         AbbaError: see `tokens_path`.
     """
-    paths: dict[str, Path] = {}
-    for section, source in row_sources(data).items():
-        path = tokens_path(source, data.max_length, data.max_bad_rows, tokenizer, directory, data.prompt)
-        for other, seen in paths.items():
-            if path == seen:
-                raise RecipeError(f"{section}: has the same rows as {other}; give that one a weight instead")
-        paths[section] = path
-    return paths
+    settings = (data.max_length, data.max_bad_rows, tokenizer, directory, data.prompt)
+    sources, uncapped = row_sources(data), {}
+    for section, source in sources.items() if len(sources) > 1 else ():
+        whole = tokens_path(dataclasses.replace(source, max_rows=None), *settings)
+        if whole in uncapped:
+            raise RecipeError(f"{section}: has the same rows as {uncapped[whole]}; give that one a weight instead")
+        uncapped[whole] = section
+    return {section: tokens_path(source, *settings) for section, source in sources.items()}
 
 
 def _found(path: Path, say: Callable[[str], None]) -> TokenizedRows | None:

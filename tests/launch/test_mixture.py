@@ -96,6 +96,8 @@ def test_a_dry_run_shows_an_example_of_each_source(run, tmp_path):
         ([f"model.name_or_path={TINY}"], 64, "the prompt chat: this base's tokenizer has no chat template"),
         (["data.sources=[{path: recipes/assets/stories/test.jsonl}, {path: recipes/assets/stories/test.jsonl}]"], 64,
          "data.sources.1: has the same rows as data.sources.0; give that one a weight instead"),
+        (["data.sources=[{path: recipes/assets/stories/test.jsonl}, "
+          "{path: recipes/assets/stories/test.jsonl, max_rows: 50}]"], 64, "data.sources.1: has the same rows as"),
     ],
 )  # fmt: skip
 def test_mistakes(run, tmp_path, overrides, code, expected):

@@ -44,6 +44,19 @@ def with_template(template):
     return tokenizer
 
 
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        ({"weight": 0}, "has a turn with a weight, which is not supported"),
+        ({"tool_calls": [{"id": "1"}]}, "has a turn with tool_calls, which is not supported"),
+    ],
+)
+def test_what_a_message_asks_for_and_is_not_done_makes_a_bad_row(more, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_conversation([*TALK[:-1], {**TALK[-1], **more}], "messages")
+    assert read_conversation([{**turn, "weight": 1, "tool_calls": None} for turn in TALK], "messages")
+
+
 @pytest.fixture(params=TEMPLATES)
 def kind(request):
     return request.param

@@ -100,6 +100,8 @@ def test_epochs_and_steps_follow_the_weighted_length():
         plan_of([2, 2], [0.5, 0.5])
     with pytest.raises(DataError, match=r"source 1: its 4 training rows at weight=0\.1 are less than a row an epoch"):
         plan_of([9, 4], [1.0, 0.1])
+    with pytest.raises(DataError, match=r"0 training rows are left, fewer than train\.global_batch_size=4"):
+        plan_of([2], [1.0], eval_rows=2)
 
 
 @pytest.fixture

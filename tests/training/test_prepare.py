@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import abba.training.prepare
-from abba.errors import CheckpointError
+from abba.errors import CheckpointError, RecipeError
 from abba.training.batches import BatchPlan, collate, lines_of
 from abba.training.data_report import data_report, padding_share, percentile
 from abba.training.mixture import Mixture, epoch_rows
-from abba.training.prepare import prepare
+from abba.training.prepare import prepare, refuse_unlike
 from abba.training.recipe import load_recipe
 from abba.training.tokens import TokenizedRows, write_tokens
 from tests.warm import ROOT
@@ -41,6 +41,12 @@ def tokenised(monkeypatch):
 
     monkeypatch.setattr(abba.training.prepare, "prepare_tokens", counting)
     return counted
+
+
+def test_ranks_that_would_compute_in_other_dtypes_are_refused():
+    refuse_unlike([b"bfloat16"] * 3)
+    with pytest.raises(RecipeError, match=r"auto is bfloat16 on rank 0 and float32 on rank 2, .*; write one of them"):
+        refuse_unlike([b"bfloat16", b"bfloat16", b"float32"])
 
 
 def test_runs_on_the_same_data_tokenise_once(recipe, tokenised, tmp_path):
