@@ -22,7 +22,7 @@ pytestmark = [
 def run(tmp_path_factory):
     directory: Path = tmp_path_factory.mktemp("gsm8k") / "run"
     command = ["launch/train.py", "--recipe", "gsm8k.yaml", f"model.name_or_path={TINY}"]
-    result = deepspeed(*command, f"data.path={GSM8K / 'train.jsonl'}", f"output_dir={directory}", "train.max_steps=60")
+    result = deepspeed(*command, f"data.path={GSM8K / 'train.jsonl'}", f"output_dir={directory}", "train.max_steps=30")
     assert result.returncode == 0, result.stderr[-3000:]
     return directory, result.stdout
 
