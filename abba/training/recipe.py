@@ -183,8 +183,9 @@ def _explain(error: ValidationError, path: Path) -> str:
     found: dict[str, str] = {}  # a union of types gives a mistake for each; the first will do
     for mistake in error.errors(include_url=False):
         where = ".".join(str(part) for part in mistake["loc"] if part not in UNION_TAGS)
-        if SOURCE.sub("data.", where, count=1) not in found:  # taken over from the data section
-            found.setdefault(where, _reason(mistake, where))
+        reason = _reason(mistake, where)
+        if found.get(SOURCE.sub("data.", where, count=1)) != reason:  # not taken over from the data section
+            found.setdefault(where, reason)
     unique = [f"{where}: {reason}" if where else reason for where, reason in found.items()]
     if len(unique) == 1:
         return f"{path}: {unique[0]}"
