@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from abba.errors import RecipeError
 from abba.training.prepare import row_sources
 from abba.training.recipe import Recipe, load_recipe
 from tests.training.test_recipe import GOOD, SHIPPED, message
@@ -99,3 +100,11 @@ def test_a_mistake_that_sources_take_over_is_named_once(tmp_path):
     overrides = ["data.path=", "data.split=3", "data.sources=[{path: a}, {path: b, max_rows: 0}]"]
     text = message(tmp_path, GOOD, *overrides)
     assert "2 mistakes" in text and "  data.split: 3" in text and "  data.sources.1.max_rows: 0" in text
+
+
+def test_a_mistake_of_a_source_is_said_beside_another_of_the_section():
+    own = "data.sources=[{path: a.jsonl, split: 7}, {path: b.jsonl}]"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("quickstart", ["data.path=", "data.split=5", own], SHIPPED)
+    said = str(caught.value)
+    assert "data.split: 5" in said and "data.sources.0.split: 7" in said and "data.sources.1" not in said
