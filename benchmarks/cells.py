@@ -35,7 +35,8 @@ def run_cells(
     """work(*arguments) of every cell, in the order of `cells`; those that `path` holds already are not computed again.
 
     Args:
-        path: NAME.json; command, machine, settings and cells.
+        path: NAME.json; command, machine, settings and cells; where earlier starts were of another machine or commit,
+            `earlier` names them.
         work: a function of a module, with what it measured as JSON.
         settings: whatever changes a cell without being in its name.
 
@@ -111,7 +112,7 @@ def _record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return new
     try:
         old = json.loads(path.read_text())
-        cells, before = old["cells"], old["settings"]
+        cells, before, _ = old["cells"], old["settings"], old["machine"]
     except (ValueError, KeyError, TypeError) as error:
         raise _refusal(
             f"{path}: is not what this program writes ({error}); move it away, or choose another --output"
@@ -120,7 +121,8 @@ def _record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if different:
         was = {key: before.get(key) for key in different}
         raise _refusal(f"{path}: holds cells made with {was}; repeat that, move it away, or choose another --output")
-    return new | {"cells": cells}
+    earlier = [*old.get("earlier", []), *([old["machine"]] if cells else [])]
+    return new | {"earlier": [made for made in earlier if made != new["machine"]], "cells": cells}
 
 
 def _refusal(text: str) -> SystemExit:

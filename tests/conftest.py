@@ -12,12 +12,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork after its thread pool s
 # After the variables, which torch reads when it is imported.
 from tests.fault_table import pytest_sessionfinish, trial  # noqa: F401
 
-START_RANKS = ("distributed", "faults", "launch", "slurm")
+GROUPS = {"faults": "faults", "distributed": "ranks", "launch": "ranks", "slurm": "ranks"}  # by room
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """Tests that start ranks run on one worker, one after the other, and the other rooms beside them (make test)."""
+    """Tests that start ranks run two at a time at most, though there may be more workers (make test)."""
     for item in items:
-        if item.path.parent.name in START_RANKS:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+        if item.path.parent.name in GROUPS:
+            item.add_marker(pytest.mark.xdist_group(GROUPS[item.path.parent.name]))

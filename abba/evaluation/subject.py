@@ -18,12 +18,13 @@ from abba.adapter.directory import (
     read_description,
 )
 from abba.base_files import BaseFiles
-from abba.base_model import find_base
+from abba.base_model import find_base, load_tokenizer
 from abba.checkpoint.convert import convert
 from abba.checkpoint.format import MANIFEST, list_checkpoints, read_state
 from abba.checkpoint.source import CHECKPOINTS, find_checkpoint
 from abba.errors import CheckpointError, RecipeError
 from abba.storage import hash_file
+from abba.text.chat import ChatTemplate
 from abba.text.prompt import DEFAULT_PROMPT
 
 SAMPLE = 1 << 16  # bytes at the start, middle and end of a weights file that stand for all of it
@@ -144,12 +145,22 @@ def _standalone(given: Path, destination: Path, say: Callable[[str], None]) -> P
 
 
 def _refuse_other_base(given: Path, description: AdapterDescription, base: Path) -> None:
-    """By config.json, whose hash a run records; shapes are compared when the adapter is loaded."""
-    model = ((description.provenance or {}).get("fingerprint") or {}).get("model") or {}
-    recorded, here = model.get("config"), hash_file(base / "config.json").sha256
-    if recorded is not None and recorded != here:
+    """By config.json and the chat template, whose hashes a run records; shapes are compared when the adapter is loaded.
+
+    Raises:
+        CheckpointError: they are not those of the training.
+    """
+    recorded = (description.provenance or {}).get("fingerprint") or {}
+    config = (recorded.get("model") or {}).get("config")
+    template = (recorded.get("data") or {}).get("chat_template")  # of runs with the prompt chat
+    other = None
+    if config is not None and config != hash_file(base / "config.json").sha256:
+        other = "config.json"
+    elif template is not None and template != ChatTemplate(load_tokenizer(base)).digest:
+        other = "chat template"
+    if other is not None:
         raise CheckpointError(
-            f"{given}: was trained on {description.base_model}, whose config.json is not that of {base}; give that "
+            f"{given}: was trained on {description.base_model}, whose {other} is not that of {base}; give that "
             "base with --model, or --any-base if you mean this one"
         )
 

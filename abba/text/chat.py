@@ -4,7 +4,10 @@ A template is a program that comes with a base. It runs only where a recipe or a
 transformers' sandbox, which lets it write text and nothing else; it could still take long.
 """
 
+import hashlib
 from typing import Any
+
+from jinja2 import TemplateSyntaxError
 
 from abba.errors import RecipeError, first_line
 from abba.text.prompt import CHAT
@@ -76,6 +79,11 @@ class ChatTemplate:
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = special | set(tokenizer.all_special_ids)
 
+    @property
+    def digest(self) -> str:
+        """What tells this template from others."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
     def encode_questions(self, instructions: list[str]) -> list[list[int]]:
         """Token ids of one turn of the user each, up to where the assistant's begins.
 
@@ -130,11 +138,17 @@ class ChatTemplate:
 
         Raises:
             ValueError: the template refuses them.
+            RecipeError: it is no template.
         """
         try:
             return self._tokenizer.apply_chat_template(
                 messages, chat_template=self.text, tokenize=False, add_generation_prompt=generation
             )
+        except TemplateSyntaxError as error:
+            raise RecipeError(
+                f"the prompt {CHAT}: the chat template of this base's tokenizer has a mistake in line {error.lineno}: "
+                f"{first_line(error)}; mend it, or train on instruction and response with data.prompt=alpaca"
+            ) from None
         except Exception as error:  # whatever a program can raise
             raise ValueError(f"the chat template refuses it: {first_line(error)}") from None
 

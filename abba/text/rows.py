@@ -20,6 +20,8 @@ LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Anything shorter can be the name of a builder of the library, such as pandas, which reads what lies in this directory.
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 SAMPLE = 4096  # bytes of a file's start
+MAX_REASONS = 20
+OTHER_REASONS = "other reasons"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ class RowSource:
 
 
 class BadRows:
-    """Rows that cannot be trained on: how many for which reason, and the first of them."""
+    """Rows that cannot be trained on: how many for which reason, and the first of them.
+
+    A reason may hold words of the row, so that there can be as many as rows: those beyond MAX_REASONS count together.
+    """
 
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
@@ -49,7 +54,8 @@ class BadRows:
 
     def add(self, row: int, reason: str) -> None:
         self.first = self.first or f"the first is row {row + 1}: {reason}"
-        self.reasons[reason] += 1
+        known = reason in self.reasons or len(self.reasons) < MAX_REASONS
+        self.reasons[reason if known else OTHER_REASONS] += 1
 
 
 def usable_rows(source: RowSource, bad: BadRows) -> Iterator[tuple[list[int], list[str], list[str]]]:

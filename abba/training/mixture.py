@@ -11,6 +11,8 @@ from torch import Tensor
 from abba.errors import DataError
 from abba.training.tokens import Rows, TokenizedRows
 
+MAX_EPOCH_ROWS = 100_000_000  # of which every rank holds the order
+
 
 class Mixture(Rows):
     """The rows of all sources, numbered on from one source to the next.
@@ -82,7 +84,8 @@ def epoch_rows(data: Mixture, rows: list[int], seed: int) -> Callable[[int], lis
     A source of weight 2.5 gives all its rows twice and half of them once more. That half is drawn anew in each epoch.
 
     Raises:
-        DataError: a weight is so small that an epoch takes no row of its source.
+        DataError: a weight is so small that an epoch takes no row of its source, or weights are so large that an epoch
+            has more than MAX_EPOCH_ROWS.
     """
     groups = data.by_source(rows)
     counts: list[tuple[int, int]] = []  # times that all rows are taken, rows that are taken once more
@@ -93,6 +96,12 @@ def epoch_rows(data: Mixture, rows: list[int], seed: int) -> Callable[[int], lis
                 f"{name}: its {len(group)} training rows at weight={weight:g} are less than a row an epoch; raise its "
                 "weight, lower data.eval_rows, or leave this source out"
             )
+    total = sum(times * len(group) + more for group, (times, more) in zip(groups, counts, strict=True))
+    if total > MAX_EPOCH_ROWS and len(groups) > 1:
+        raise DataError(
+            f"data.sources: with these weights an epoch has {total:,} rows, more than {MAX_EPOCH_ROWS:,}; divide all "
+            "weights by the same number, and multiply train.num_train_epochs by it"
+        )
 
     def taken(epoch: int) -> list[int]:
         found: list[int] = []

@@ -16,12 +16,15 @@ from abba.adapter.baseline import PEFT_MISSING
 from abba.adapter.config import BASELINES, AdapterConfig
 from abba.adapter.initialize import Factors, seed_for
 from abba.adapter.inject import factor_shapes
+from abba.base_model import load_tokenizer
 from abba.checkpoint.format import MANIFEST, CheckpointState, ShardReader, list_checkpoints, read_state
 from abba.errors import CheckpointError, RecipeError
 from abba.sharded.checkpoint import newest_valid_together, restore_random_state
 from abba.sharded.initialize import starting_factors
 from abba.sharded.ranks import Ranks
 from abba.sharded.together import agree, share
+from abba.text.chat import ChatTemplate
+from abba.text.prompt import CHAT
 
 SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
 # What changes what is shown or when it is saved, not what is computed.
@@ -51,9 +54,10 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: s
     config = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     weights = [source["weight"] for source in data["sources"] or []] or [1.0]
     packing = data["max_length"] if data["packing"] else None  # the rows of a line decide how sums are rounded
+    chat = {"chat_template": ChatTemplate(load_tokenizer(base)).digest} if data["prompt"] == CHAT else {}  # for scoring
     return {
         "train": {key: value for key, value in recipe["train"].items() if key not in BYSTANDERS},
-        "data": {"tokens": tokens, "weights": weights, "eval_rows": data["eval_rows"], "packing": packing},
+        "data": {"tokens": tokens, "weights": weights, "eval_rows": data["eval_rows"], "packing": packing, **chat},
         "adapter": {key: value for key, value in recipe["adapter"].items() if key != "cache_factors"},
         "model": {**model, "attn_implementation": attention, "config": config},
         "software": {name: _version(name, method) for name in software},

@@ -39,6 +39,14 @@ def test_ranks_that_wait_for_the_data_learn_that_rank_0_failed(tmp_path, argumen
     assert "rows have no field 'nothing'" in finished[0].stderr and "rank 0 failed" in finished[1].stderr
 
 
+def test_ranks_whose_processors_choose_unlike_dtypes_are_refused(tmp_path, arguments):
+    command = ["tests/distributed/unlike_ranks.py", *arguments(tmp_path / "run", "model.dtype=auto")]
+    finished = run_ranks(tmp_path / "ranks", [command, command])
+    assert [rank.returncode for rank in finished] == [64, 64]
+    assert "auto is bfloat16 on rank 0 and float32 on rank 1" in finished[0].stderr
+    assert "Traceback" not in finished[0].stderr + finished[1].stderr
+
+
 def test_nothing_of_the_model_is_held_when_it_is_scored(arguments, tmp_path):
     ended = warm.run(
         tmp_path / "log", "tests/distributed/released.py", *arguments(tmp_path / "run", "train.max_steps=1")

@@ -75,6 +75,12 @@ def test_prepared_trained_resumed_and_scored(run, tmp_path):
     asked = warm.run(tmp_path / "ask", "launch/generate.py", *command, "--prompt", "How many?", "--max-new-tokens", "4")
     assert asked.returncode == 0, asked.stderr
 
+    (tmp_path / "base/chat_template.jinja").write_text(TEMPLATE.replace("<<", "<"))
+    scored = ["--task", "gsm8k", "--data", str(STORIES / "test.jsonl"), "--output", str(tmp_path / "scores"), *command]
+    refused = warm.run(tmp_path / "refused", "launch/evaluate.py", *scored)
+    assert refused.returncode == 66 and refused.stderr.count("\n") == 1, refused.stderr
+    assert "was trained on" in refused.stderr and "whose chat template is not that of" in refused.stderr
+
 
 def test_a_dry_run_shows_an_example_of_each_source(run, tmp_path):
     shown = run(0, "train", "--dry-run")

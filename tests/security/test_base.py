@@ -7,7 +7,7 @@ import jinja2
 import pytest
 import torch
 import transformers.dynamic_module_utils
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from abba.base_model import build_empty, find_base, load_config, load_tokenizer, load_whole
 from abba.errors import CheckpointError, RecipeError
@@ -49,6 +49,7 @@ def use(base):
 
 def test_the_code_is_live(base, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(PretrainedConfig, "_auto_class", None)  # is set by what follows, and put back
     edit(base / "config.json", auto_map={"AutoConfig": "evil.Evil"}, model_type="evil")
     AutoConfig.from_pretrained(base, trust_remote_code=True)
     assert (tmp_path / "executed").exists()
@@ -180,7 +181,7 @@ ATTACKS = [
 def test_a_chat_template_that_is_asked_for_writes_text_and_nothing_else(base, canary, attack):
     (base / "chat_template.jinja").write_text(attack.replace("{canary}", str(canary)))
     tokenizer = load_tokenizer(base)
-    with pytest.raises(RecipeError, match="the prompt chat: the chat template refuses it") as refused:
+    with pytest.raises(RecipeError, match="the prompt chat: the chat template (refuses it|of .* line 1): ") as refused:
         encode_prompt(tokenizer, ["Ann has 3 pens."], CHAT)
     assert "\n" not in str(refused.value)
 

@@ -173,6 +173,23 @@ def test_a_tokenizer_without_a_template_says_so():
     assert "\n" not in str(refused.value)
 
 
+def test_a_template_with_a_mistake_is_the_bases_and_no_rows(tmp_path):
+    rows = write_rows(tmp_path, {"messages": [USER, ASSISTANT]})
+    talks = source(rows, instruction_field=None, response_field=None, messages_field="messages")
+    broken = with_template("{{ bos_token }}\n{% for m in messages %}{{ m.content }}")
+    with pytest.raises(RecipeError, match="this base's tokenizer has a mistake in line 2: ") as refused:
+        list(examples(talks, broken, CHAT, BadRows()))
+    assert "\n" not in str(refused.value)
+
+
+def test_reasons_that_hold_words_of_rows_do_not_grow_with_them(tmp_path):
+    bad = BadRows()
+    for row in range(100):
+        bad.add(row, f"has the role {row % 50}")
+    assert len(bad.reasons) == 21 and bad.reasons["has the role 3"] == 2 and bad.reasons["other reasons"] == 60
+    assert bad.reasons.total() == 100
+
+
 def test_the_tokens_name_depends_on_the_field_and_the_template(tmp_path):
     path = write_rows(tmp_path, {"messages": TALK, "other": TALK, "question": "a", "answer": "b"})
     talks = {"instruction_field": None, "response_field": None}

@@ -98,6 +98,8 @@ def test_epochs_and_steps_follow_the_weighted_length():
     assert plan_of([2, 2], [3.0, 1.0], global_batch=8)[0].steps_for(1.0) == 1, "a few rows often fill a batch"
     with pytest.raises(DataError, match=r"2 training rows are left, fewer than train\.global_batch_size=4"):
         plan_of([2, 2], [0.5, 0.5])
+    with pytest.raises(DataError, match=r"an epoch has 120,000,004 rows, more than 100,000,000; divide all weights"):
+        plan_of([120_000, 4], [1000.0, 1.0])
     with pytest.raises(DataError, match=r"source 1: its 4 training rows at weight=0\.1 are less than a row an epoch"):
         plan_of([9, 4], [1.0, 0.1])
     with pytest.raises(DataError, match=r"0 training rows are left, fewer than train\.global_batch_size=4"):
