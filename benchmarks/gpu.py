@@ -170,7 +170,7 @@ def memory(job: Job, config: dict[str, Any]) -> list[dict[str, Any]]:
     """
     before = held_bytes()
     mode, ranks = job.checkpointing, ranks_from_environment()
-    engine = engine_of(config, ranks, job.micro_batch, 1, mode)
+    engine = engine_of(config, ranks, torch.bfloat16, job.micro_batch, 1, mode)
     engine.train()
     rows_BT = torch.randint(config["vocab_size"], (job.micro_batch, job.tokens), device=device())
     inputs = inputs_of(rows_BT)

@@ -24,6 +24,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from abba.adapter.config import AdapterConfig
+from abba.base_model import DTYPE_CHOICES, DTYPES, choose_dtype
 from abba.planning.architecture import architecture_of
 from abba.planning.job import Cluster, Job, Sharding
 from abba.planning.plan import plan
@@ -42,16 +43,18 @@ def shape(layers: int, hidden: int) -> dict[str, Any]:
     return {"model_type": "llama", **sizes, **heads, "vocab_size": 8 * hidden, "tie_word_embeddings": False}
 
 
-def job(config: dict[str, Any], ranks: int, tokens: int) -> Job:
+def job(config: dict[str, Any], ranks: int, tokens: int, dtype: str) -> Job:
     """The same step as the planner takes it."""
     nothing_ahead = Sharding(prefetch=0, max_live=0)
     return Job(
         architecture_of(config, "benchmark"), ADAPTER, ranks, GLOBAL_BATCH, 1, tokens,
-        "reentrant", element_bytes=2, sharding=nothing_ahead,
+        "reentrant", element_bytes=DTYPES[dtype].itemsize, sharding=nothing_ahead,
     )  # fmt: skip
 
 
-def engine_of(config: dict[str, Any], ranks: Any, micro_batch: int, accumulation: int, checkpointing: str) -> Any:
+def engine_of(
+    config: dict[str, Any], ranks: Any, dtype: torch.dtype, micro_batch: int, accumulation: int, checkpointing: str
+) -> Any:
     """The engine as launch/train.py builds it, with random values where that reads files."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -65,11 +68,11 @@ def engine_of(config: dict[str, Any], ranks: Any, micro_batch: int, accumulation
     from abba.training.model import enable_checkpointing
 
     extra = {"zero_optimization": NOTHING_STAYS}
-    zero = engine_config(torch.bfloat16, micro_batch, accumulation, 1.0, extra, ranks)
+    zero = engine_config(dtype, micro_batch, accumulation, 1.0, extra, ranks)
     architecture = AutoConfig.for_model(**config)
     with prevent_arange_dtype_change(), no_init_weights(), partitioned_from_birth(zero):
         model = AutoModelForCausalLM.from_config(
-            architecture, dtype=torch.bfloat16, attn_implementation="sdpa", trust_remote_code=False
+            architecture, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
         )
     for parameter in model.parameters():
         parameter.ds_tensor.normal_(std=0.02) if len(parameter.ds_shape) > 1 else parameter.ds_tensor.fill_(1)
@@ -92,7 +95,7 @@ def inputs_of(ids_LT: Tensor) -> tuple[Tensor, ...]:
     return ids_LT, positions_LT, predictors_S, ids_LT.roll(-1, dims=1).flatten()
 
 
-def train_on_this_rank(layers: list[int], hidden: int, tokens: int, repetitions: int, result: Path) -> None:
+def train_on_this_rank(layers: list[int], hidden: int, tokens: int, dtype: str, repetitions: int, result: Path) -> None:
     import torch.distributed as dist
     from counting import count_communication
 
@@ -116,7 +119,7 @@ def train_on_this_rank(layers: list[int], hidden: int, tokens: int, repetitions:
     cases = {}
     for count in layers:
         config = shape(count, hidden)
-        engine = engine_of(config, ranks, 1, GLOBAL_BATCH // ranks.world_size, "reentrant")
+        engine = engine_of(config, ranks, DTYPES[dtype], 1, GLOBAL_BATCH // ranks.world_size, "reentrant")
         engine.train()
         ids = torch.randint(config["vocab_size"], (1, tokens), device=device)
         cases[count] = partial(step, engine, WaitClock(engine, device), found[count], inputs_of(ids))
@@ -129,14 +132,16 @@ def train_on_this_rank(layers: list[int], hidden: int, tokens: int, repetitions:
     dist.destroy_process_group()
 
 
-def row(count: int, ranks: int, hidden: int, tokens: int, runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def row(
+    count: int, ranks: int, hidden: int, tokens: int, dtype: str, runs: list[list[dict[str, Any]]]
+) -> dict[str, Any]:
     """`runs`: what every rank found, for each start."""
     every = [rank[str(count)] for run in runs for rank in run]
     seconds = [max(times) for run in runs for times in zip(*(rank[str(count)]["seconds"] for rank in run), strict=True)]
     moved = {name: {value for rank in every for value in rank[name]} for name in ("gathered", "reduced")}
     assert all(len(values) == 1 for values in moved.values()), f"steps or ranks differ in what they move: {moved}"
     (gathered,), (reduced,) = moved["gathered"], moved["reduced"]
-    planned = plan(job(shape(count, hidden), ranks, tokens), Cluster(gpus_per_node=ranks)).traffic
+    planned = plan(job(shape(count, hidden), ranks, tokens, dtype), Cluster(gpus_per_node=ranks)).traffic
     waited = median(seconds for rank in every for seconds in rank["waited"])
     return {
         "ranks": ranks,
@@ -160,6 +165,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=256, help="of each of the 4 rows")
+    parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto")
     parser.add_argument("--repetitions", type=int, default=5, help="steps of each start")
     parser.add_argument("--starts", type=int, default=1, help="of every number of ranks, in turns")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -169,11 +175,13 @@ def main() -> None:
         settings, result = arguments.rank_of
         return train_on_this_rank(**json.loads(settings), result=Path(result))
     kept = {key: getattr(arguments, key) for key in ("layers", "hidden", "tokens", "repetitions")}
+    kept["dtype"], _ = choose_dtype(arguments.dtype)
     runs: dict[int, list] = {ranks: [] for ranks in arguments.ranks}
     for _ in range(arguments.starts):
         for ranks in arguments.ranks:
             runs[ranks].append(run_ranks(__file__, [json.dumps(kept)], ranks))
-    rows = [row(c, n, kept["hidden"], kept["tokens"], runs[n]) for n in arguments.ranks for c in arguments.layers]
+    sizes = [kept[key] for key in ("hidden", "tokens", "dtype")]
+    rows = [row(c, n, *sizes, runs[n]) for n in arguments.ranks for c in arguments.layers]
     for one in rows:
         least = next(r for r in rows if r["ranks"] == one["ranks"] and r["layers"] == min(kept["layers"]))
         more = one["layers"] - least["layers"]
