@@ -43,13 +43,13 @@ def run_cells(
     Raises:
         SystemExit: with 66 and one line: `path` holds cells of other settings, or is no such file.
     """
-    torch.set_num_threads(1)  # before the processes fork: they inherit it
+    torch.set_num_threads(1)
     record = _record(path, json.loads(json.dumps(dict(settings))))
     done = record["cells"]
     missing = [name for name in cells if name not in done]
     print(f"{path}: {len(cells) - len(missing)} of {len(cells)} cells are there", flush=True)
     forks = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, forks, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(processes, forks, initializer=_prepare_process, initargs=(os.getpid(),)) as pool:
         running = {pool.submit(work, *cells[name]): name for name in missing}
         try:
             for count, future in enumerate(as_completed(running), 1):
@@ -87,8 +87,10 @@ def rate_label(rate: float, rates: Collection[float]) -> str:
     return f"{rate:g}{' (edge)' if edge else ''}"
 
 
-def _end_with(parent: int) -> None:
-    """A process of the pool would outlive a parent that is killed, and wait for ever."""
+def _prepare_process(parent: int) -> None:
+    """One thread; and an end when the parent is killed, which a process of the pool would outlive, waiting for ever."""
+    # torch makes its thread pool anew after a fork, and fails if several threads ask at once, as from_pretrained's do.
+    torch.set_num_threads(1)
 
     def watch() -> None:
         while os.getppid() == parent:

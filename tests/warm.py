@@ -62,6 +62,8 @@ def _child(command: list[str], variables: dict[str, str], out: str, err: str) ->
         del os.environ[name]
     os.environ.update(variables)
     assert "tests.warm_imports" in sys.modules, "forkserver hides an import error: import tests.warm_imports to see it"
+    torch = sys.modules["torch"]  # makes its thread pool anew after a fork, and fails if several threads ask at once
+    torch.set_num_threads(torch.get_num_threads())
     script = ROOT / command[0]
     sys.argv, sys.path[0:0] = [str(script), *command[1:]], [str(script.parent)]
     code = 0

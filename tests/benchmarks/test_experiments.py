@@ -178,9 +178,12 @@ def test_compare_continues(tmp_path):
     assert table.count("\n|") == 2 * (2 + 4) and (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
     lost = record["cells"].pop("bystander, abba, rate 0.005, seed 0")
+    record["machine"]["commit"] = "0000000"
     path.write_text(json.dumps(record))
     assert "3 of 4 cells are there" in run(tmp_path, "compare", *COMPARE).stdout
-    again = json.loads(path.read_text())["cells"]
+    written = json.loads(path.read_text())
+    assert written["earlier"] == [record["machine"]] and written["machine"]["commit"] != "0000000"
+    again = written["cells"]
     made = again.pop("bystander, abba, rate 0.005, seed 0")
     measured = ("validation", "test", "curve", "parameters")
     assert [made[key] for key in measured] == [lost[key] for key in measured] and again == record["cells"]
