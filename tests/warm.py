@@ -31,6 +31,8 @@ class Program:
     def __init__(self, directory: Path, command: list[str], variables: dict[str, str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._out, self._err = directory / "stdout", directory / "stderr"
+        for stream in (self._out, self._err):  # here, so that they can be read however early the process ends
+            stream.write_text("")
         self.process = _forks.Process(target=_child, args=(command, variables, str(self._out), str(self._err)))
         self.process.start()
 
@@ -53,7 +55,7 @@ def run(directory: Path, *command: str, **variables: str) -> Finished:
 
 def _child(command: list[str], variables: dict[str, str], out: str, err: str) -> None:
     for stream, path in ((1, out), (2, err)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor = os.open(path, os.O_WRONLY)
         os.dup2(descriptor, stream)
         os.close(descriptor)
     sys.stdin = open(os.devnull)  # noqa: SIM115

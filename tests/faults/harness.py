@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,10 +79,12 @@ class Cluster:
 
     def happened(self, timeout: float = 60) -> None:
         """Wait until an ordered fault has happened."""
-        deadline = time.time() + timeout
-        while not (self.scratch / "happened").exists():
-            assert time.time() < deadline, "the fault has not happened"
-            time.sleep(0.02)
+        wait_for((self.scratch / "happened").exists, "the fault has not happened", timeout)
+
+    def says(self, words: str, timeout: float = 60) -> None:
+        """Wait until rank 0 has printed `words`."""
+        said = self.scratch / "rank-0/stdout"
+        wait_for(lambda: words in said.read_text(), f"it does not say {words!r}", timeout)
 
     def kill(self, *ranks: int) -> None:
         (self.scratch / "happened").write_text(str(time.time()))
@@ -91,6 +94,13 @@ class Cluster:
     def survived(self) -> float:
         """Seconds between the fault and the end of the last rank."""
         return max(self.ended.values()) - float((self.scratch / "happened").read_text())
+
+
+def wait_for(condition: Callable[[], bool], otherwise: str, timeout: float) -> None:
+    deadline = time.time() + timeout
+    while not condition():
+        assert time.time() < deadline, otherwise
+        time.sleep(0.01)
 
 
 class Lab:
