@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.utils import (
@@ -100,6 +101,7 @@ def start_engine(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     added = {id(parameter) for parameter in trainable if not hasattr(parameter, "ds_id")}  # to the partitioned base
     fused = {"fused": True} if next(model.parameters()).device.type == "cuda" else {}
+    import_muon()
     optimizer = torch.optim.AdamW(trainable, **adam, **fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepcopy(dict(config)))
     if step:
@@ -109,6 +111,18 @@ def start_engine(
             _set_local(parameter, kind, read(kind, name, *_bounds(parameter)))
     _replicate(engine, added)
     return engine
+
+
+def import_muon() -> None:
+    """What ZeRO-3 imports to see that an optimizer is not Muon, without torch's compiler, which its decorators start.
+
+    It would take two seconds and 50 MB of each rank's start, for nothing that trains here.
+    """
+    kept, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = kept
 
 
 def trainable_parameters(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
