@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 ROWS ?= recipes/assets/stories/train.jsonl
-FAULTS := tests/faults tests/slurm/test_preemption.py tests/evaluation/test_resume.py tests/benchmarks
+FAULTS := tests/faults tests/evaluation/test_resume.py tests/benchmarks
 
 .PHONY: help quickstart test test-slow test-faults test-slurm bench experiments lint clean
 
@@ -38,7 +38,8 @@ test-slow: $(INSTALLED)
 test-faults: $(INSTALLED)
 	mkdir -p runs
 	tests/slurm/cluster.sh install
-	ABBA_TRIALS=$${ABBA_TRIALS:-100} ABBA_TABLE=runs/faults.json $(BIN)/python -m pytest $(FAULTS)
+	ABBA_TRIALS=$${ABBA_TRIALS:-100} ABBA_TABLE=runs/faults.json $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(FAULTS)
+	ABBA_TRIALS=$${ABBA_TRIALS:-100} ABBA_TABLE=runs/faults_slurm.json $(BIN)/python -m pytest tests/slurm/test_preemption.py
 
 test-slurm: $(INSTALLED)
 	tests/slurm/cluster.sh install

@@ -10,7 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork after its thread pool started would hang
 
 # After the variables, which torch reads when it is imported.
-from tests.fault_table import pytest_sessionfinish, trial  # noqa: F401
+from tests.fault_table import pytest_sessionfinish, pytest_testnodedown, trial  # noqa: F401
+from tests.faults.harness import TRIALS
 
 GROUPS = {"faults": "faults", "distributed": "ranks", "launch": "ranks", "slurm": "ranks"}  # by room
 
@@ -19,5 +20,7 @@ GROUPS = {"faults": "faults", "distributed": "ranks", "launch": "ranks", "slurm"
 def pytest_collection_modifyitems(items):
     """Tests that start ranks run two at a time at most, though there may be more workers (make test)."""
     for item in items:
-        if item.path.parent.name in GROUPS:
-            item.add_marker(pytest.mark.xdist_group(GROUPS[item.path.parent.name]))
+        if (room := item.path.parent.name) in GROUPS:
+            # Of a hundred trials each there is little else: two workers share them by file.
+            group = item.path.stem if room == "faults" and TRIALS >= 100 else GROUPS[room]
+            item.add_marker(pytest.mark.xdist_group(group))

@@ -37,7 +37,15 @@ def trial():
     _table.extend(rows.values())
 
 
-def pytest_sessionfinish():
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _table.extend(getattr(node, "workeroutput", {}).get("trials", []))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker of xdist
+        session.config.workeroutput["trials"] = _table
+        return
     if "ABBA_TABLE" not in os.environ or not _table:
         return
     path = Path(os.environ["ABBA_TABLE"])
