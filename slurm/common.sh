@@ -22,7 +22,8 @@ refuse() { # CODE MESSAGE
 #   ABBA_GPU_MEMORY_GIB  for training: of each GPU, for the plan                                   (80)
 #   ABBA_PLAN            for training: no, and launch/plan.py is not asked whether it fits          (yes)
 #   ABBA_CHAIN           for training: no, and slurm/convert_evaluate.sh does not follow           (yes)
-#   ABBA_EVALUATE        arguments of launch/evaluate.py, such as "--limit 200"                    (none)
+#   ABBA_EVALUATE        arguments of launch/evaluate.py, such as "--task math --limit 200"; without --task what was
+#                        trained on openai/gsm8k is scored on its test split, anything else is not scored  (none)
 #   ABBA_MEET_SECONDS    for training: how far apart nodes may start, such as while they fetch an image   (60)
 #   ABBA_MASTER_ADDR, ABBA_MASTER_PORT    where the ranks meet         (the first node, a port made of the job's number)
 : "${ABBA_MOUNTS:=}" "${ABBA_SCRATCH_GIB:=10}" "${ABBA_GPU_MEMORY_GIB:=80}" "${ABBA_PLAN:=yes}" "${ABBA_CHAIN:=yes}" "${ABBA_EVALUATE:=}"
@@ -138,7 +139,7 @@ make_scratch() { # node-local; one per start: a job killed while it compiles lea
 
 remove_scratch() { srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 rm -rf "$TMPDIR"; }
 
-check_nodes() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE, the recipe's values
+check_nodes() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE, TASK, the recipe's values
     local code=0 said
     ranks_per_node
     make_scratch
@@ -147,7 +148,7 @@ check_nodes() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE, the recipe'
         --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" --free-gib "$ABBA_SCRATCH_GIB" "${@:2}") || code=$?
     [ $code = 0 ] || leave $code "preflight: see the lines above that name a node; nothing was started"
     # shellcheck disable=SC2034  # the templates use them
-    { read -r RUN && read -r BASE && read -r REVISION && read -r DTYPE; } <<< "$said"
+    { read -r RUN && read -r BASE && read -r REVISION && read -r DTYPE && read -r TASK; } <<< "$said"
 }
 
 check_plan() { # RECIPE OVERRIDES: does it fit these GPUs?
@@ -170,9 +171,20 @@ chain() { # after check_nodes: the next job, once; it starts when this one has e
     # This job's own SLURM_ variables would be the next one's defaults.
     # shellcheck disable=SC2046  # names, which hold no spaces
     if NEXT=$(unset $(compgen -e SLURM_ | grep -vx SLURM_CONF) && "${next[@]}"); then
-        say "job $NEXT converts and scores what this one trains"
+        say "job $NEXT converts what this one trains, and $(will_score "$ABBA_EVALUATE")"
     else
         say "WARNING: sbatch refused the next job; after this one run: sbatch slurm/convert_evaluate.sh '$RUN'"
+    fi
+}
+
+will_score() { # ARGUMENTS of launch/evaluate.py: says so, and returns 1 where nothing is scored
+    if [[ " $*" = *" --task"* ]]; then
+        echo "scores it with $*"
+    elif [ -n "$TASK" ]; then
+        echo "scores it on $TASK"
+    else
+        echo "does not score it: no --task in ABBA_EVALUATE"
+        return 1
     fi
 }
 
@@ -198,7 +210,7 @@ requeue_or_leave() { # CODE
 
 what_next() { # CODE
     case $1 in
-        0) echo "trained${NEXT:+; scored next by job $NEXT: squeue -j $NEXT}" ;;
+        0) echo "trained${NEXT:+; converted next by job $NEXT: squeue -j $NEXT}" ;;
         64 | 65 | 66) echo "mend what the message above names; the same sbatch command continues" ;;
         1) echo "see the traceback above; the same sbatch command continues from the newest checkpoint" ;;
         70) echo "not finite: see the rows that are named, or lower train.learning_rate" ;;

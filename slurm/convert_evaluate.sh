@@ -16,6 +16,9 @@
 #
 #     sbatch slurm/convert_evaluate.sh runs/gsm8k
 #     sbatch slurm/convert_evaluate.sh runs/gsm8k --limit 200        # arguments of launch/evaluate.py
+#     sbatch slurm/convert_evaluate.sh runs/commonsense --task commonsense --data DIRECTORY
+#
+# Without --task, what was trained on openai/gsm8k is scored on its test split, and anything else only converted.
 #
 # Edit: account and partition above, where your cluster asks for them; as many GPUs as the model needs; the two lines
 # below. sbatch's options and the environment win:
@@ -40,7 +43,8 @@ form=(--format lora)
 [ "${method:-abba}" = abba ] || form=()    # what another method has trained has one form
 on_first_node python launch/convert.py "$run" "$run-lora" "${form[@]}" --verify --force
 then_leave $?
+will_score "${evaluate[@]}" "${@:2}" || leave 0 "the LoRA is $run-lora"
 on_first_node python launch/evaluate.py --model "$BASE" ${REVISION:+--revision "$REVISION"} --dtype "$DTYPE" \
-    --adapter "$run/adapter" --task gsm8k --output "$run-score" "${evaluate[@]}" "${@:2}"
+    --adapter "$run/adapter" ${TASK:+--task "$TASK"} --output "$run-score" "${evaluate[@]}" "${@:2}"
 then_leave $?
 leave 0 "the LoRA is $run-lora, the score $run-score/scores.json"

@@ -5,7 +5,7 @@
 
 Checked are the Python environment, the recipe's base model, the scratch directory, the GPUs, and that every node
 reaches the first one at MASTER_ADDR:MASTER_PORT. The first node prints what a batch script needs to know of the recipe,
-a value a line: output_dir, base model, its revision, dtype.
+a value a line: output_dir, base model, its revision, dtype, and the task that its dataset has a test split of.
 """
 
 import argparse
@@ -21,6 +21,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 ENVIRONMENT, STORAGE = 71, 66  # exit codes; those of recipe and base model are their own
 MEET_SECONDS = float(os.environ.get("ABBA_MEET_SECONDS", "60"))
 GIB = 2**30
+TASKS = {"openai/gsm8k": "gsm8k"}  # of launch/evaluate.py, by the dataset whose test split it is
 
 
 class RefusedError(Exception):
@@ -97,16 +98,23 @@ def refuse_gpus(found_gib: list[float], wanted: int, memory_gib: float) -> None:
 def check_recipe(name: str, overrides: list[str], number: int) -> None:
     from abba.base_model import find_base
     from abba.errors import AbbaError
+    from abba.sharded.engine import checked_zero
     from abba.training.recipe import load_recipe
+    from abba.training.resume import refuse_no_start
 
     try:
         recipe = load_recipe(name, overrides, RECIPES)
+        checked_zero(recipe.deepspeed.get("zero_optimization", {}))
+        checkpoints = Path(recipe.output_dir) / "checkpoints"
+        refuse_no_start(recipe.adapter.init_from, recipe.checkpoint.resume, checkpoints)
     except AbbaError as error:  # the same on every node: the first one says it
         raise RefusedError(
             error.exit_code, str(error) if number == 0 else "the recipe, as the first node says"
         ) from None
     if number == 0:
-        print(recipe.output_dir, recipe.model.name_or_path, recipe.model.revision or "", recipe.model.dtype, sep="\n")
+        model, paths = recipe.model, {source.path for source in recipe.data.all_sources}
+        task = next((task for dataset, task in TASKS.items() if dataset in paths), "")
+        print(recipe.output_dir, model.name_or_path, model.revision or "", model.dtype, task, sep="\n")
     try:
         base = find_base(recipe.model.name_or_path, recipe.model.revision)
         if not any(base.glob("*.safetensors")):

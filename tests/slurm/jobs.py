@@ -43,7 +43,7 @@ class Jobs:
             "ABBA_ENV": f"venv:{sys.prefix}",
             "ABBA_SCRATCH": str(root / "scratch"),
             "ABBA_SCRATCH_GIB": "0.1",
-            "ABBA_EVALUATE": "--data recipes/assets/stories/test.jsonl --limit 16 --max-new-tokens 40",
+            "ABBA_EVALUATE": "--task gsm8k --data recipes/assets/stories/test.jsonl --limit 16 --max-new-tokens 40",
         }
 
     def command(self, *command: str, **variables: str) -> subprocess.CompletedProcess:

@@ -30,12 +30,23 @@ def test_one_command_trains_converts_and_scores(jobs, reference):
     trained = next(path for path in jobs.root.glob("llama70b_abba-*.out") if "it's a" in path.read_text())
     log = trained.read_text()
     assert "4 rank(s) x 1 micro-batch(es) a step" in log  # and not four runs of one rank
-    following = re.search(r"== job (\d+) converts and scores", log)[1]
+    following = re.search(r"== job (\d+) converts what", log)[1]
     assert jobs.wait(following) == "COMPLETED", jobs.log(following)
     assert json.loads(run.with_name(f"{run.name}-score").joinpath("scores.json").read_text())["n"] == 16
     lora = json.loads(run.with_name(f"{run.name}-lora").joinpath("adapter_config.json").read_text())
     assert lora["r"] == 12
     assert not list((jobs.root / "scratch").glob(f"abba-{following}-*"))
+
+
+def test_rows_that_no_task_is_known_for_are_not_scored(jobs, reference):
+    """Not on GSM8K, whatever it was trained on."""
+    _, run = reference
+    job = jobs.submit(
+        "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=1", "slurm/convert_evaluate.sh", str(run), ABBA_EVALUATE=""
+    )
+    assert jobs.wait(job) == "COMPLETED", jobs.log(job)
+    log = jobs.log(job)
+    assert "does not score it: no --task in ABBA_EVALUATE" in log and "score:" not in log and "-lora" in log
 
 
 def test_a_failed_run_takes_the_next_job_with_it(jobs):
@@ -44,7 +55,7 @@ def test_a_failed_run_takes_the_next_job_with_it(jobs):
     assert jobs.exit_code(job) == 65, jobs.log(job)
     log = jobs.log(job)
     assert "nowhere.jsonl" in log and "ends with code 65" in log
-    following = re.search(r"== job (\d+) converts and scores", log)[1]
+    following = re.search(r"== job (\d+) converts what", log)[1]
     assert jobs.wait(following, 30) == "CANCELLED"
     assert jobs.log(following) == ""
 

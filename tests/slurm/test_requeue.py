@@ -79,7 +79,7 @@ def test_the_next_job_outlives_a_requeue(jobs, counting):
     run = jobs.root / "counted and chained"
     job = counting(run, ABBA_CHAIN="yes")
     jobs.until_step(job, run, 5)
-    following = jobs.log(job).split(" converts and scores")[0].split()[-1]
+    following = jobs.log(job).split(" converts what")[0].split()[-1]
     WAYS["USR1"][0](jobs, job, run)
     jobs.until_restarted(job, 1)
     assert jobs.show(following)["JobState"] == "PENDING"
