@@ -1,4 +1,4 @@
-# A fresh machine needs Python >= 3.10 and make. Everything is installed into .venv from setup.cfg and constraints.txt.
+# A fresh machine needs Python >= 3.11 and make. Everything is installed into .venv from setup.cfg and constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -18,6 +18,7 @@ help:
 	@echo "make experiments  ABBA, LoRA and others at equal parameters: matrices, digits, and word problems for the tiny model;"
 	@echo "                  tables and pictures to benchmarks/results; goes on where it was"
 	@echo "make lint         ruff and the import rules"
+	@echo "make clean        removes what make installed; runs/ stays"
 
 # torch first and alone: a later resolution must not replace the build that suits this machine.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -66,4 +67,4 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv build *.egg-info runs
+	rm -rf .venv build *.egg-info
