@@ -145,8 +145,9 @@ class ChatTemplate:
                 messages, chat_template=self.text, tokenize=False, add_generation_prompt=generation
             )
         except TemplateSyntaxError as error:
+            line = error.lineno - self.text.startswith(FIXED_DATE)  # which has a line of its own
             raise RecipeError(
-                f"the prompt {CHAT}: the chat template of this base's tokenizer has a mistake in line {error.lineno}: "
+                f"the prompt {CHAT}: the chat template of this base's tokenizer has a mistake in line {line}: "
                 f"{first_line(error)}; mend it, or train on instruction and response with data.prompt=alpaca"
             ) from None
         except Exception as error:  # whatever a program can raise

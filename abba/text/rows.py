@@ -1,5 +1,7 @@
 """Rows of a dataset, from the Hub or a local file: instruction and response, or conversations; bad ones counted."""
 
+import json
+import logging
 import os
 import re
 import tarfile
@@ -43,7 +45,7 @@ class RowSource:
 
 
 class BadRows:
-    """Rows that cannot be trained on: how many for which reason, and the first of them.
+    """Rows that cannot be trained on: how many for which reason, and the first of them; and what no row is used for.
 
     A reason may hold words of the row, so that there can be as many as rows: those beyond MAX_REASONS count together.
     """
@@ -51,6 +53,7 @@ class BadRows:
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
         self.first = ""
+        self.unused_fields: list[str] = []
 
     def add(self, row: int, reason: str) -> None:
         self.first = self.first or f"the first is row {row + 1}: {reason}"
@@ -61,7 +64,7 @@ class BadRows:
 def usable_rows(source: RowSource, bad: BadRows) -> Iterator[tuple[list[int], list[str], list[str]]]:
     """(row numbers, instructions, responses) of usable rows; the others are counted by reason."""
     wanted = [source.instruction_field, source.response_field, *([source.input_field] if source.input_field else [])]
-    for first, rows in _chunks(source, wanted):
+    for first, rows in _chunks(source, wanted, bad):
         numbers, instructions, responses = [], [], []
         for row, (instruction, response, *inputs) in enumerate(rows, first):
             reason = _why_bad(wanted[:2], [instruction, response])
@@ -78,7 +81,7 @@ def usable_rows(source: RowSource, bad: BadRows) -> Iterator[tuple[list[int], li
 
 def usable_conversations(source: RowSource, bad: BadRows) -> Iterator[tuple[int, list[Message]]]:
     """(row number, messages) of usable rows; the others are counted by reason."""
-    for first, rows in _chunks(source, [source.messages_field]):
+    for first, rows in _chunks(source, [source.messages_field], bad):
         for row, (messages,) in enumerate(rows, first):
             try:
                 yield row, read_conversation(messages, source.messages_field)
@@ -86,19 +89,40 @@ def usable_conversations(source: RowSource, bad: BadRows) -> Iterator[tuple[int,
                 bad.add(row, str(error))
 
 
-def _chunks(source: RowSource, wanted: list[str]) -> Iterator[tuple[int, list[tuple[Any, ...]]]]:
+def _chunks(source: RowSource, wanted: list[str], bad: BadRows) -> Iterator[tuple[int, list[tuple[Any, ...]]]]:
     """(number of the first, rows as the values of the `wanted` fields), some rows at a time."""
     dataset = _open(source)
     missing = [field for field in wanted if field not in dataset.column_names]
     if missing:
-        keys = "data.messages_field" if source.messages_field else "data.instruction_field and data.response_field"
-        raise DataError(
-            f"{source.path}: rows have no field {missing[0]!r}, only {', '.join(dataset.column_names)}; set {keys}"
-        )
+        has = ", ".join(dataset.column_names)
+        raise DataError(f"{source.path}: rows have no field {missing[0]!r}, only {has}; {_way_out(source, missing[0])}")
+    bad.unused_fields = [field for field in dataset.column_names if field not in wanted]
     count = min(len(dataset), source.max_rows or len(dataset))
     for first in range(0, count, CHUNK):
-        chunk = dataset[first : min(first + CHUNK, count)]
+        rows = range(first, min(first + CHUNK, count))
+        try:
+            chunk = dataset[rows.start : rows.stop]
+        except UnicodeDecodeError:
+            raise DataError(
+                f"{source.path}: row {_not_utf8(dataset, rows) + 1} is not UTF-8 text; convert it"
+            ) from None
         yield first, list(zip(*(chunk[field] for field in wanted), strict=True))
+
+
+def _way_out(source: RowSource, missing: str) -> str:
+    for key in ("messages_field", "input_field"):
+        if getattr(source, key) == missing:
+            return f"set data.{key} to one of them"
+    return "set data.instruction_field and data.response_field, or data.messages_field where rows are conversations"
+
+
+def _not_utf8(dataset: Any, rows: range) -> int:
+    for row in rows:
+        try:
+            dataset[row]
+        except UnicodeDecodeError:
+            return row
+    return rows.start
 
 
 def _why_bad(fields: list[str], values: list[Any]) -> str | None:
@@ -116,6 +140,8 @@ def _check_content(local: Path) -> None:
     """Refuse what only has the suffix: the library unpacks archives, whatever they are called, into its cache."""
     with os.fdopen(open_regular(local), "rb") as file:
         start = file.read(SAMPLE)
+    if not start.strip():
+        raise DataError(f"{local}: is empty")
     if LOCAL_FORMATS[local.suffix] == "parquet":
         right = start.startswith(b"PAR1")
     else:
@@ -171,6 +197,7 @@ def _open(source: RowSource) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it says itself, and raises, what is said here
     found, is_file = find_dataset(source), hub_dataset(source) is None
     try:
         if is_file:
@@ -180,5 +207,19 @@ def _open(source: RowSource) -> Any:
     except AbbaError:
         raise
     except Exception as error:  # datasets raises errors of arrow, pandas, fsspec and its own
-        cause = first_line(error.__cause__ or error)
+        cause = (is_file and _broken_line(found)) or first_line(error.__cause__ or error)
         raise DataError(f"{source.path}: cannot be read: {cause}") from None
+
+
+def _broken_line(local: Path) -> str | None:
+    """The first line of a .jsonl file that is not JSON: the library counts from the start of what it reads at once."""
+    if local.suffix != ".jsonl":
+        return None
+    with os.fdopen(open_regular(local), "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                if line.strip():
+                    json.loads(line)
+            except ValueError as error:  # of UTF-8 too
+                return f"line {number} is not JSON: {first_line(error)}"
+    return None

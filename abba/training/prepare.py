@@ -104,8 +104,8 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
         path = paths[section]
         part = (_found(path, say) if path.is_file() else None) if is_main else _from_rank_0(path)
         if part is None:
-            prepare_tokens(source, *limits, tokenizer, path, recipe.data.prompt)
-            say(f"data: tokenised into {path}")
+            unused = prepare_tokens(source, *limits, tokenizer, path, recipe.data.prompt)
+            say(f"data: tokenised into {path}{unused_fields(unused)}")
             part = TokenizedRows(path)
         parts.append(part)
     data = Mixture(parts, source_names(sources), recipe.data.weights)
@@ -122,6 +122,11 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
             "tokenizer and model do not belong together"
         )
     return base, padding_id(tokenizer), data
+
+
+def unused_fields(fields: list[str]) -> str:
+    """A clause, or nothing."""
+    return f"; of its rows these fields are not used: {', '.join(fields)}" if fields else ""
 
 
 def source_names(sources: Mapping[str, RowSource]) -> list[str]:

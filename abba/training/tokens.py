@@ -65,8 +65,8 @@ def prepare_tokens(
     tokenizer: Any,
     path: Path,
     prompt: str = DEFAULT_PROMPT,
-) -> None:
-    """Tokenise every row of `source` into the file `path`; one process of a run does this.
+) -> list[str]:
+    """Tokenise every row of `source` into the file `path`; one process of a run does this. The fields left unused.
 
     Raises:
         DataError: the dataset cannot be read, lacks the fields, is empty, or has more bad rows than allowed.
@@ -102,6 +102,7 @@ def prepare_tokens(
     tensors |= {"input_ids": torch.from_numpy(np.concatenate(ids))}
     tensors |= {"supervised": torch.from_numpy(np.concatenate(supervised))}
     write_tokens(path, tensors, bad.reasons)
+    return bad.unused_fields
 
 
 def write_tokens(path: Path, tensors: Mapping[str, Tensor], left_out: Mapping[str, int]) -> None:

@@ -176,10 +176,11 @@ def test_a_tokenizer_without_a_template_says_so():
 def test_a_template_with_a_mistake_is_the_bases_and_no_rows(tmp_path):
     rows = write_rows(tmp_path, {"messages": [USER, ASSISTANT]})
     talks = source(rows, instruction_field=None, response_field=None, messages_field="messages")
-    broken = with_template("{{ bos_token }}\n{% for m in messages %}{{ m.content }}")
-    with pytest.raises(RecipeError, match="this base's tokenizer has a mistake in line 2: ") as refused:
-        list(examples(talks, broken, CHAT, BadRows()))
-    assert "\n" not in str(refused.value)
+    for first in ("{{ bos_token }}\n", "{{ strftime_now('%Y') }}\n"):
+        broken = with_template(first + "{% for m in messages %}{{ m.content }}")
+        with pytest.raises(RecipeError, match="this base's tokenizer has a mistake in line 2: ") as refused:
+            list(examples(talks, broken, CHAT, BadRows()))
+        assert "\n" not in str(refused.value)
 
 
 def test_reasons_that_hold_words_of_rows_do_not_grow_with_them(tmp_path):

@@ -15,6 +15,7 @@ from abba.text.prompt import render_prompt
 from abba.text.rows import RowSource
 from abba.training.batches import BatchPlan, collate, lines_of, split_rows
 from abba.training.loss import token_loss_sum
+from abba.training.prepare import unused_fields
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 from tests.distributed.ranks import STORIES, TINY
 
@@ -31,7 +32,8 @@ def source(path, **changes):
 
 def write_rows(tmp_path, *rows):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    lines = [row if isinstance(row, str | bytes) else json.dumps(row) + "\n" for row in rows]
+    path.write_bytes(b"".join(line if isinstance(line, bytes) else line.encode() for line in lines))
     return path
 
 
@@ -211,7 +213,10 @@ def test_input_fields_are_appended_and_long_rows_cut_and_counted(tmp_path, token
         ([{"question": "a", "answer": 3}], {}, "answer is int, not text"),
         ([ROW], {"max_length": 20}, "all labels are masked: the prompt alone fills data.max_length=20 tokens"),
         (["{broken\n"], {}, "cannot be read"),
-        ([""], {}, "cannot be read"),
+        ([""], {}, "rows.jsonl: is empty"),
+        ([ROW, ROW, '{"question": "a", "ans'], {}, "line 3 is not JSON: Unterminated string"),
+        ([ROW, b'{"question": "caf\xe9", "answer": "b"}\n', ROW], {}, "row 2 is not UTF-8 text; convert it"),
+        ([{"messages": []}], {}, "only messages; set data.instruction_field and data.response_field, or data.messages"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_end_the_run(tmp_path, tokenizer, rows, changes, expected):
@@ -219,6 +224,15 @@ def test_rows_that_cannot_be_trained_on_end_the_run(tmp_path, tokenizer, rows, c
         prepared(tmp_path, tokenizer, source(write_rows(tmp_path, *rows)), **changes)
     assert expected in str(error.value)
     assert not (tmp_path / "tokens").exists() or not list((tmp_path / "tokens").iterdir())
+
+
+def test_fields_that_nothing_uses_are_named(tmp_path, tokenizer):
+    path = write_rows(tmp_path, {**ROW, "input": "3 and 4", "id": 1})
+    unused = prepare_tokens(source(path), 512, 0, tokenizer, tmp_path / "tokens.safetensors")
+    assert unused_fields(unused) == "; of its rows these fields are not used: input, id"
+    assert unused_fields(prepare_tokens(source(write_rows(tmp_path, ROW)), 512, 0, tokenizer, tmp_path / "t")) == ""
+    with pytest.raises(DataError, match="only question, answer; set data.input_field to one of them"):
+        prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW), input_field="inputt"))
 
 
 def test_allowed_bad_rows_are_left_out_and_counted_by_reason(tmp_path, tokenizer):
