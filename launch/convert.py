@@ -4,6 +4,7 @@
     python launch/convert.py runs/gsm8k/checkpoints/step-000200 adapters/gsm8k
     python launch/convert.py runs/gsm8k adapters/gsm8k-lora --format lora --dtype bfloat16
     python launch/convert.py runs/gsm8k adapters/gsm8k-r64 --format lora --rank 64
+    python launch/convert.py adapters/gsm8k adapters/gsm8k-lora --format lora
     python launch/convert.py runs/gsm8k models/gsm8k --format merged --base meta-llama/Llama-3.1-8B
     python launch/convert.py runs/gsm8k adapters/gsm8k --verify --base meta-llama/Llama-3.1-8B
     python launch/convert.py deepspeed_output/global_step100 adapters/gsm8k --alpha 24 --base meta-llama/Llama-3.1-8B
@@ -16,6 +17,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from common import argument_parser
+
 from abba.errors import AbbaError, CheckpointError, RecipeError, exit_with
 
 WHOLE = ("merged", "full")
@@ -23,12 +26,13 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of the largest logit; bf16 ro
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "source",
         type=Path,
         metavar="SRC",
-        help="a checkpoint, a run directory: its newest valid one, or a ZeRO-3 checkpoint that DeepSpeed wrote itself",
+        help="a checkpoint, a run directory: its newest valid one, an ABBA adapter in LoHa form, or a ZeRO-3 "
+        "checkpoint that DeepSpeed wrote itself",
     )
     parser.add_argument("destination", type=Path, metavar="DST", help="the directory to create")
     parser.add_argument(
@@ -64,6 +68,8 @@ def main() -> int:
         convert(arguments)
     except AbbaError as error:
         return exit_with(error)
+    except PermissionError as error:
+        return exit_with(CheckpointError(f"{error.filename}: cannot be read: {error.strerror}; change its permissions"))
     return 0
 
 

@@ -91,10 +91,19 @@ def read_description(directory: Path) -> AdapterDescription:
             rank,
             raw.get("dtype"),
             KeptEnergy(**kept) if kept is not None else None,
-            raw.get("provenance"),
+            _checked_provenance(raw.get("provenance")),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
         raise CheckpointError(f"{directory / ABBA_CONFIG}: does not describe an adapter: {error!r}") from error
+
+
+def _checked_provenance(raw: Any) -> dict[str, Any] | None:
+    """As a run writes it, where it says anything: sections, which recipe and fingerprint are made of too."""
+    parts = [(raw or {}).get(key) for key in ("recipe", "fingerprint")]
+    sections = [raw, *parts, *((part or {}).get(key) for part in parts for key in ("model", "data"))]
+    if not all(section is None or isinstance(section, dict) for section in sections):
+        raise ValueError("its provenance is not made of sections")
+    return raw
 
 
 def forms_of(config: MethodConfig) -> tuple[str, ...]:

@@ -225,6 +225,8 @@ class ShardReader:
         """Elements [start, stop) of the flattened tensor."""
         numel = torch.Size(self._state.tensors[name]).numel()
         pieces = overlapping(numel, self._state.world_size, start, stop)
+        if not pieces:  # a rank's part of a tensor that has fewer elements than there are ranks, or not many more
+            return torch.empty(0)
         return torch.cat([self._shards[rank].read(f"{kind}/{name}", low, high) for rank, low, high in pieces])
 
     def random_state(self, rank: int, device_type: str) -> Tensor:

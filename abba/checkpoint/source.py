@@ -1,4 +1,4 @@
-"""Where the factors of an adapter come from: our checkpoints or DeepSpeed's own, read the same way."""
+"""Where the factors of an adapter come from: our checkpoints, DeepSpeed's own or an adapter, read the same way."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from abba.adapter.config import AdapterConfig, MethodConfig
+from abba.adapter.directory import ABBA_CONFIG
+from abba.adapter.files import read_factors
 from abba.adapter.initialize import Factors
 from abba.checkpoint.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed_checkpoint
 from abba.checkpoint.format import KINDS, MANIFEST, ShardReader, newest_valid, read_state, verify
@@ -21,7 +23,7 @@ CHECKPOINTS, SCORES = "checkpoints", Path("evaluation") / "scores.json"  # in a 
 
 @dataclass(frozen=True)
 class FactorSource:
-    """An opened checkpoint: what its adapter is, and the fp32 factors of one module at a time.
+    """An opened checkpoint or adapter: what its adapter is, and the fp32 factors of one module at a time.
 
     provenance: JSON values that say what made it: step, world_size, and for ours recipe and fingerprint.
     """
@@ -99,7 +101,7 @@ def open_source(
     alpha: float | None = None,
     base_model: str | None = None,
 ) -> Iterator[FactorSource]:
-    """Whatever a user gives: a checkpoint of ours, a run, or a checkpoint that DeepSpeed wrote itself.
+    """Whatever a user gives: a checkpoint of ours, a run, an adapter, or a checkpoint that DeepSpeed wrote itself.
 
     Args:
         report, strict: see `find_checkpoint`.
@@ -114,10 +116,11 @@ def open_source(
             raise RecipeError(f"{source}: is a checkpoint of DeepSpeed's, which knows no alpha; add --alpha")
         opened = open_deepspeed(source, alpha, base_model)
     else:
-        directory = find_checkpoint(source, report, strict)
+        is_adapter = (source / ABBA_CONFIG).is_file()
+        directory = source if is_adapter else find_checkpoint(source, report, strict)
         if alpha is not None:
             raise RecipeError(f"--alpha {alpha:g}: {directory} knows its own; leave it out")
-        opened = open_checkpoint(directory)
+        opened = open_adapter(directory) if is_adapter else open_checkpoint(directory)
     with opened as factors:
         yield factors
 
@@ -130,6 +133,24 @@ def open_checkpoint(directory: Path) -> Iterator[FactorSource]:
     with ShardReader(directory, state) as reader:
         read = partial(reader.read, KINDS[0])
         yield FactorSource(directory, state.adapter, state.modules, state.base_model, provenance, read, state.tensors)
+
+
+@contextmanager
+def open_adapter(directory: Path) -> Iterator[FactorSource]:
+    """A verified ABBA adapter in LoHa form: its factors, as they are stored."""
+    description, factors = read_factors(directory)
+    tensors = {
+        f"{module}.{name}": tensor for module, four in factors.items() for name, tensor in four._asdict().items()
+    }
+    yield FactorSource(
+        directory,
+        description.config,
+        description.modules,
+        description.base_model,
+        description.provenance or {},
+        lambda name: tensors[name].float(),
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+    )
 
 
 @contextmanager

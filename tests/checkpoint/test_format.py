@@ -1,6 +1,7 @@
 """Checkpoints as files: slices join to the tensor, damage is named, the newest valid one is found."""
 
 import json
+import math
 import os
 
 import pytest
@@ -65,6 +66,16 @@ def test_tensors_come_back_from_any_number_of_shards(tmp_path, world):
             for name, tensor in values(kind).items():
                 assert torch.equal(reader.read(kind, name), tensor)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_rank_with_no_element_of_a_tensor_reads_none(tmp_path):
+    """Ceiling division leaves the last of many ranks nothing of a tensor of few elements."""
+    checkpoint = write_checkpoint(tmp_path, world=2)
+    name, shape = next(iter(SHAPES.items()))
+    bounds = slice_bounds(math.prod(shape), 99, 100)
+    assert bounds[0] == bounds[1]
+    with format.ShardReader(checkpoint, format.read_state(checkpoint)) as reader:
+        assert reader.read_range(format.KINDS[0], name, *bounds).shape == (0,)
 
 
 @pytest.mark.parametrize("source", ["step-000004", "."])

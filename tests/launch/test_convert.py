@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from functools import partial
 
 import pytest
@@ -14,6 +17,7 @@ from tests import warm
 from tests.checkpoint.made import linears, write_checkpoint
 from tests.distributed.ranks import STORIES, TINY
 from tests.models import tiny_model
+from tests.warm import ROOT
 
 CONFIG, MODULES = AdapterConfig(4, 4, 1.0, SEVEN_LINEARS), linears(128, 352, 128, 4)
 
@@ -78,6 +82,41 @@ def test_scores_of_the_run_reach_the_card_of_a_later_conversion(convert, made, t
         assert convert(str(checkpoint), str(tmp_path / f"lora-{step}"), "--format", "lora").returncode == 0
         card = (tmp_path / f"lora-{step}/README.md").read_text()
         assert ('"exact_match"' in card and "Of the run's own adapter" in card) == shown
+
+
+def test_an_adapter_alone_gives_every_form(convert, made, tmp_path):
+    for source, name in ((made, "loha"), (tmp_path / "loha", "again"), (made, "direct"), (tmp_path / "loha", "lora")):
+        form = ["--format", "lora"] if name in ("direct", "lora") else []
+        assert convert(str(source), str(tmp_path / name), *form).returncode == 0
+    for one, other in (("loha", "again"), ("direct", "lora")):
+        files = [tmp_path / name / "adapter_model.safetensors" for name in (one, other)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    refused = convert(str(tmp_path / "lora"), str(tmp_path / "out"))
+    assert refused.returncode == 66 and "is in lora form, which no longer holds the four factors" in refused.stderr
+    assert refused.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_run_that_may_not_be_read(made):
+    """root may read all, so another user asks."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    lines = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "launch")!r}]
+import abba.base_model, abba.checkpoint.convert, convert
+os.seteuid(65534)
+sys.argv = ["convert.py", sys.argv[1], "/tmp/nowhere-at-all"]
+sys.exit(convert.main())
+"""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        shutil.copytree(made, f"{directory}/run")
+        os.chmod(f"{directory}/run/checkpoints", 0o700)
+        command = [sys.executable, "-c", lines, f"{directory}/run"]
+        ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 66, ended.stderr
+    assert "cannot be read: Permission denied; change its permissions" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def damaged(made, tmp_path, change):
