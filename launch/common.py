@@ -1,9 +1,21 @@
 """What the programs share."""
 
 import argparse
+import signal
 from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def argument_parser(text: str) -> argparse.ArgumentParser:
+    """Shows `text`, a program's docstring, as it is; an option has to be written out."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=text, formatter_class=raw, allow_abbrev=False)
+
+
+def end_with_reader() -> None:
+    """Of a program that only prints: end quietly when its reader does, as in `| head`."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def count(text: str) -> int:

@@ -15,7 +15,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from common import count, positive
+from common import argument_parser, count, positive
 
 from abba.errors import AbbaError, exit_with
 from abba.sharded.ranks import Ranks, go_alone, ranks_from_environment
@@ -24,7 +24,7 @@ from abba.text.prompt import PROMPT_NAMES
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--model", help="the base: a directory, or a Hub name that is in the cache; default: the adapter's"
     )

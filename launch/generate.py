@@ -9,18 +9,22 @@ Without --prompt it reads one from each line of standard input.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from common import positive
+from common import argument_parser, positive
 
-from abba.errors import AbbaError, exit_with
+from abba.errors import AbbaError, DataError, exit_with
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the base: a directory, or a Hub name that is in the cache")
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--model", help="the base: a directory, or a Hub name that is in the cache; default: the adapter's"
+    )
     parser.add_argument("--revision", help="of a Hub model")
-    parser.add_argument("--adapter", type=Path, help="an adapter directory")
+    parser.add_argument("--adapter", type=Path, help="an adapter directory, a checkpoint, or a run")
+    parser.add_argument("--any-base", action="store_true", help="take a base that the adapter was not trained on")
     parser.add_argument("--prompt", help="the instruction; the recipe's template is put around it")
     parser.add_argument("--max-new-tokens", type=positive, default=256)
     parser.add_argument(
@@ -39,27 +43,44 @@ def main() -> int:
 
 def answer(arguments: argparse.Namespace) -> None:
     from abba.adapter.linear import bypass
-    from abba.base_model import DTYPES, choose_dtype, find_base, load_tokenizer
+    from abba.base_model import DTYPES, choose_dtype, load_tokenizer
     from abba.evaluation.engine import visible_gpus
     from abba.evaluation.generate import generate_greedy, load_for_generation
-    from abba.evaluation.subject import trained_prompt
+    from abba.evaluation.subject import opened
     from abba.text.encode import encode_prompt
 
-    base, template = find_base(arguments.model, arguments.revision), trained_prompt(arguments.adapter)
-    tokenizer, gpus = load_tokenizer(base), visible_gpus()
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    gpus = visible_gpus()
     dtype, note = choose_dtype(arguments.dtype)
-    model = load_for_generation(base, arguments.adapter, DTYPES[dtype], dict.fromkeys(range(gpus.count), gpus.usable))
-    if note:
-        print(f"model: {note}", file=sys.stderr)
-    prompts = [arguments.prompt] if arguments.prompt is not None else map(str.strip, sys.stdin)
-    for prompt in prompts:
-        asked = (encode_prompt(tokenizer, [prompt], template), [[0]], arguments.max_new_tokens)
+    with opened(arguments.model, arguments.revision, arguments.adapter, None, arguments.any_base, say) as subject:
+        if note:
+            say(f"model: {note}")
+        tokenizer = load_tokenizer(subject.base)
+        memory = dict.fromkeys(range(gpus.count), gpus.usable)
+        model = load_for_generation(subject.base, subject.adapter, DTYPES[dtype], memory)
+    for prompt in [arguments.prompt] if arguments.prompt is not None else typed():
+        asked = (encode_prompt(tokenizer, [prompt], subject.prompt), [[0]], arguments.max_new_tokens)
         with bypass(model):
             (_, plain), *_ = generate_greedy(model, tokenizer, *asked)
         print(f"--- base\n{plain}")
         if arguments.adapter is not None:
             (_, adapted), *_ = generate_greedy(model, tokenizer, *asked)
             print(f"--- {arguments.adapter}\n{adapted}")
+
+
+def typed() -> Iterator[str]:
+    """Lines of standard input.
+
+    Raises:
+        DataError: one is not UTF-8.
+    """
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode().strip()
+        except UnicodeDecodeError:
+            raise DataError(f"standard input: line {number} is not UTF-8 text") from None
 
 
 if __name__ == "__main__":

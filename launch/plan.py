@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RECIPES, positive
+from common import RECIPES, argument_parser, end_with_reader, positive
 
 from abba.errors import AbbaError, RecipeError, exit_with
 
@@ -37,7 +37,7 @@ def positive_number(text: str) -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--recipe", required=True, help="a YAML file, or a name in recipes/ with or without .yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, such as train.max_steps=60")
     parser.add_argument("--nodes", type=positive, help="default 1")
@@ -74,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    end_with_reader()
     try:
         return run(arguments)
     except AbbaError as error:
@@ -85,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     from abba.planning.job import Cluster
     from abba.planning.plan import nearest, plan
     from abba.planning.report import as_dict, grid, refusal, table
+    from abba.sharded.ranks import Ranks, refuse_hierarchy
     from abba.training.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, RECIPES)
@@ -100,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         print(grid(job, cluster, TABLE_GPUS, TABLE_MEMORIES))
         return 0
+    refuse_hierarchy(job.sharding.hpz, Ranks(world_size=cluster.gpus, local_world_size=arguments.gpus_per_node))
     planned = plan(job, cluster)
     rows = arguments.rows or rows_of(recipe)
     steps = steps_of(recipe, rows)

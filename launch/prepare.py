@@ -9,11 +9,10 @@ The job then starts without the Hub and without tokenising. Needs no GPU. The in
 device that the job has: the first job on a base adds them to data.prepared_path.
 """
 
-import argparse
 import sys
 from functools import partial
 
-from common import RECIPES
+from common import RECIPES, argument_parser
 
 from abba.errors import AbbaError, exit_with
 from abba.training.recipe import Recipe, load_recipe
@@ -38,7 +37,7 @@ def prepare_run(recipe: Recipe) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--recipe", required=True, help="a YAML file, or a name in recipes/ with or without .yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, such as data.max_length=512")
     arguments = parser.parse_intermixed_args()

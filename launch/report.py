@@ -8,19 +8,18 @@ Without --output it is report.html in the first run's directory; a page that sta
 found where launch/evaluate.py was told to write them in a directory of the run.
 """
 
-import argparse
 import contextlib
 import os
 import sys
 from pathlib import Path
 
-from common import positive
+from common import argument_parser, positive
 
 from abba.errors import AbbaError, CheckpointError, exit_with
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run, alive or done")
     parser.add_argument("--output", type=Path, metavar="HTML", help="the page; default report.html in the first RUN")
     parser.add_argument("--samples", type=positive, default=8, help="generations of each score; default 8")

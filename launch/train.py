@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import RECIPES
+from common import RECIPES, end_with_reader
 from scoring import refuse_score, score
 
 from abba.sharded.ranks import Ranks, ranks_from_environment
@@ -53,7 +53,7 @@ def run(
     from abba.training.finish import finish
     from abba.training.loop import Stream
     from abba.training.prepare import accumulation_steps, plan_batches, prepare, refuse_unlike
-    from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end
+    from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end, refuse_no_start
 
     startup.done("imports")
     chosen, note = choose_dtype(recipe.model.dtype)
@@ -66,6 +66,8 @@ def run(
     dtype = DTYPES[recipe.model.dtype]
     config = engine_config(dtype, micro_batch, accumulation, settings.max_grad_norm, recipe.deepspeed, ranks)
     refuse_score(recipe)
+    if ranks.is_main:
+        refuse_no_start(recipe.adapter.init_from, recipe.checkpoint.resume, directory.checkpoints)
 
     # Data: tokenised by launch/prepare.py, or now by rank 0 before anyone joins; the others find the result on disk.
     base, padding, data = prepare(recipe, ranks.is_main, say)
@@ -83,7 +85,8 @@ def run(
 
     # Resume: the newest valid checkpoint of this run, or none.
     wanted = recipe.checkpoint
-    resumed = find_resume_point(wanted.resume, wanted.strict, directory.checkpoints, ranks, device, say)
+    resume = directory.resume_of(wanted.resume, ranks.job, ranks.requeued)
+    resumed = find_resume_point(resume, wanted.strict, directory.checkpoints, ranks, device, say)
     attention, _ = choose_attention(load_config(base), recipe.model.attn_implementation, device.type, dtype)
     identity = fingerprint(recipe.model_dump(mode="json"), data.sha256, base, attention)
     if resumed is not None:
@@ -143,7 +146,7 @@ def fit(
     # Loop: step, finite?, log, save?, stop asked?
     if ranks.is_main:
         own = resumed is not None and resumed.directory.parent == directory.checkpoints
-        directory.begin(recipe.model_dump(mode="json"), first if own else 0, say)
+        directory.begin(recipe.model_dump(mode="json"), first if own else 0, say, ranks.job, ranks.requeued)
         saves = (steps - first) // (recipe.checkpoint.save_steps or steps) + 1
         directory.refuse_too_small(report.trainable_parameters, saves, recipe.checkpoint.save_total_limit)
     state = checkpoint_state(recipe, report.shapes, identity)
@@ -245,6 +248,7 @@ def main() -> int:
         description=__doc__.split("\n\n")[0],
         epilog="examples:\n" + __doc__.split("\n\n")[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--recipe", required=True, help="a YAML file, or a name in recipes/ with or without .yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, such as train.max_steps=60")
@@ -259,6 +263,7 @@ def main() -> int:
         if arguments.dry_run:
             from abba.training.dry_run import dry_run
 
+            end_with_reader()
             refuse_score(recipe)
             if ranks.is_main:
                 dry_run(recipe, ranks.world_size)
@@ -268,8 +273,11 @@ def main() -> int:
         watch = Watch(world, before_exit=partial(directory.release, uncount=False))
         watch.start()
         say = partial(print, flush=True) if ranks.is_main else silent
-        overwrite = recipe.overwrite_output_dir
-        held = directory.held(recipe.checkpoint.resume, overwrite, ranks.job, say) if ranks.is_main else nullcontext()
+        wanted, overwrite = recipe.checkpoint.resume, recipe.overwrite_output_dir
+        resume = directory.resume_of(wanted, ranks.job, ranks.requeued)
+        if resume != wanted:
+            say(f"checkpoint: this job was requeued and goes on; checkpoint.resume={wanted} was for its first start")
+        held = directory.held(resume, overwrite, ranks.job, say) if ranks.is_main else nullcontext()
         with held as world.start:
             run(recipe, ranks, directory, world, watch, startup, say)
     except KeyboardInterrupt:

@@ -69,6 +69,7 @@ def choose_names(
         first, stop = config.layer_range
         chosen = [name for name in chosen if (index := layer_index(name)) is not None and first <= index < stop]
     if not chosen:
+        _refuse_joined(wanted, _last_parts(linears))
         raise RecipeError(
             f"adapter.target_modules: {wanted!r} with layer_range {config.layer_range} matches no module; "
             f"the model's linear layers end in {', '.join(sorted(_last_parts(linears)))}"
@@ -139,6 +140,16 @@ def layer_index(name: str) -> int | None:
 def _output_head(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     return find() if find is not None else None
+
+
+def _refuse_joined(wanted: tuple[str, ...] | str, known: set[str]) -> None:
+    """Raises RecipeError for a text such as q_proj,v_proj, which is meant as a list."""
+    names = list(map(str.strip, wanted.split(","))) if isinstance(wanted, str) else []
+    if names and known.issuperset(names):
+        raise RecipeError(
+            f"adapter.target_modules: {wanted!r}: a text is a regular expression for whole names; write a list: "
+            f"[{', '.join(names)}]"
+        )
 
 
 def _last_parts(names: Iterable[str]) -> set[str]:

@@ -1,5 +1,6 @@
 """The ZeRO-3 engine: base partitioned, factors and 1-D tensors replicated, masters exact, state as slices."""
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from abba.checkpoint.format import MASTER, MOMENTS
 from abba.checkpoint.slices import slice_bounds
 from abba.errors import RecipeError, first_line
-from abba.sharded.ranks import Ranks
+from abba.sharded.ranks import Ranks, refuse_hierarchy
 
 
 def engine_config(
@@ -56,31 +57,35 @@ def engine_config(
     }
     zero = {**config["zero_optimization"], **extra.get("zero_optimization", {})}
     config = {**config, **extra, "zero_optimization": zero}
+    refuse_hierarchy(checked_zero(zero).zero_hpz_partition_size, ranks)
+    return config
+
+
+def checked_zero(section: Mapping[str, Any]) -> DeepSpeedZeroConfig:
+    """`deepspeed.zero_optimization` as DeepSpeed understands it.
+
+    Raises:
+        RecipeError: it does not know a key, or not this value of it.
+    """
     try:
-        checked = DeepSpeedZeroConfig(**zero)
+        checked = DeepSpeedZeroConfig(**{"stage": 3, **section})
     except ValidationError as error:
         mistake = error.errors()[0]
-        where = ".".join(map(str, mistake["loc"]))
-        raise RecipeError(f"deepspeed.zero_optimization.{where}: {mistake['input']!r}: {mistake['msg']}") from None
+        where = ".".join(["deepspeed.zero_optimization", *map(str, mistake["loc"])])
+        reason = f"{mistake['input']!r}: {mistake['msg']}"
+        if mistake["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where.rpartition(".")[2], _zero_keys(), n=1)
+            reason = "; ".join(["DeepSpeed knows no such key", *(f"did you mean {key}?" for key in near)])
+        raise RecipeError(f"{where}: {first_line(reason)}") from None
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(f"deepspeed.zero_optimization: {first_line(error)}") from None
     if checked.offload_param is not None and checked.offload_param.device == OffloadDeviceEnum.nvme:
         raise RecipeError("deepspeed.zero_optimization.offload_param.device: nvme is not supported; write cpu")
-    _refuse_hierarchy(checked.zero_hpz_partition_size, ranks)
-    return config
+    return checked
 
 
-def _refuse_hierarchy(size: int, ranks: Ranks) -> None:
-    """A further copy of the base is for the fast links within a node, and DeepSpeed counts ranks without looking."""
-    key, on_node = "deepspeed.zero_optimization.zero_hpz_partition_size", ranks.local_world_size
-    if size <= 1:
-        return
-    if on_node == ranks.world_size:
-        raise RecipeError(f"{key}: {size}: all {on_node} ranks are on one node, which needs no copy; set it to 1")
-    if ranks.world_size % size:
-        raise RecipeError(f"{key}: {size} does not divide the {ranks.world_size} ranks; set it to 1 or {on_node}")
-    if size != on_node:
-        raise RecipeError(f"{key}: {size} is not the {on_node} ranks of this node; set it to 1 or {on_node}")
+def _zero_keys() -> list[str]:
+    return [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
 
 
 def start_engine(

@@ -32,17 +32,21 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise RankLostError(f"{name} is not set for {ranks.world_size} ranks under {ranks.launcher}; export it")
-    variables = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
-    os.environ.update({name: str(value) for name, value in variables.items()})
     accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
+    on_cpu = accelerator.device_name() == "cpu"
+    index = ranks.local_rank if on_cpu else _device_index(ranks.local_rank, accelerator.device_count())
+    # DeepSpeed takes LOCAL_RANK for the number of the GPU, and with mpirun wants its variable to agree.
+    variables = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": index}
+    variables |= {name: index for name in ("OMPI_COMM_WORLD_LOCAL_RANK",) if name in os.environ}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    if on_cpu:
         # Its shared-memory collective is compiled with g++ at the first use, and gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     else:
-        accelerator.set_device(_device_index(ranks.local_rank, accelerator.device_count()))
-    backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+        accelerator.set_device(index)
+    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
     try:
         timeout = timedelta(seconds=timeout_seconds)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
@@ -56,7 +60,7 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
             f"joined as rank {dist.get_rank()} of {dist.get_world_size()} where {ranks.launcher} promised "
             f"{ranks.rank} of {ranks.world_size}; is the MPI that started us the one we were built for?"
         )
-    if accelerator.device_name() == "cpu":
+    if on_cpu:
         return torch.device("cpu")
     return torch.device(accelerator.device_name(_device_index(ranks.local_rank, accelerator.device_count())))
 

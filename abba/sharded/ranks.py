@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from abba.errors import RankLostError
+from abba.errors import RankLostError, RecipeError
 
 # Launcher -> its variables for rank, ranks in all, rank on this node, ranks on this node (the first that is set).
 LAUNCHERS = {
@@ -30,6 +30,7 @@ class Ranks:
     local_world_size: int = 1
     launcher: str = "none"
     job: str | None = None  # SLURM's job id, which a requeued job keeps
+    requeued: int = 0  # times that SLURM has started this job again
 
     @property
     def is_main(self) -> bool:
@@ -42,7 +43,8 @@ def ranks_from_environment() -> Ranks:
     Raises:
         RankLostError: a launcher's variables are incomplete or contradict each other, or are of a foreign MPI.
     """
-    job = os.environ.get("SLURM_JOB_ID")
+    job, requeued = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    of_job = (job, int(requeued) if requeued.isdecimal() else 0)
     for launcher, names in LAUNCHERS.items():
         rank, size = (os.environ.get(name) for name in names[:2])
         if launcher == "srun" and "SLURM_STEP_ID" not in os.environ:
@@ -52,7 +54,7 @@ def ranks_from_environment() -> Ranks:
         try:
             local_rank = int(os.environ.get(names[2], 0))
             on_node = next((os.environ[name] for name in names[3:] if name in os.environ), size)
-            ranks = Ranks(int(rank), int(size), local_rank, min(_of_this_node(on_node), int(size)), launcher, job)
+            ranks = Ranks(int(rank), int(size), local_rank, min(_of_this_node(on_node), int(size)), launcher, *of_job)
         except (TypeError, ValueError, IndexError):
             raise RankLostError(f"{names[0]}={rank!r} and {names[1]}={size!r}: both must be whole numbers") from None
         if not 0 <= ranks.rank < ranks.world_size:
@@ -64,7 +66,24 @@ def ranks_from_environment() -> Ranks:
                 f"{name}={os.environ[name]}, but no rank that we know: started by an MPI other than Open MPI; "
                 "use Open MPI's mpirun, deepspeed, torchrun or srun, or set RANK, WORLD_SIZE and LOCAL_RANK"
             )
-    return Ranks(job=job)
+    return Ranks(job=job, requeued=of_job[1])
+
+
+def refuse_hierarchy(size: int, ranks: Ranks) -> None:
+    """A further copy of the base is for the fast links within a node, and DeepSpeed counts ranks without looking.
+
+    Raises:
+        RecipeError: `size` is not that of the nodes, or there is one node.
+    """
+    key, on_node = "deepspeed.zero_optimization.zero_hpz_partition_size", ranks.local_world_size
+    if size <= 1:
+        return
+    if on_node == ranks.world_size:
+        raise RecipeError(f"{key}: {size}: all {on_node} ranks are on one node, which needs no copy; set it to 1")
+    if ranks.world_size % size:
+        raise RecipeError(f"{key}: {size} does not divide the {ranks.world_size} ranks; set it to 1 or {on_node}")
+    if size != on_node:
+        raise RecipeError(f"{key}: {size} is not the {on_node} ranks of this node; set it to 1 or {on_node}")
 
 
 def go_alone(ranks: Ranks) -> None:

@@ -20,10 +20,20 @@ from abba.base_model import (
     load_config,
     load_tokenizer,
 )
+from abba.sharded.engine import checked_zero
 from abba.training.data_report import data_report
 from abba.training.mixture import Mixture
-from abba.training.prepare import accumulation_steps, plan_batches, row_sources, source_names, tokens_paths
+from abba.training.prepare import (
+    accumulation_steps,
+    plan_batches,
+    row_sources,
+    source_names,
+    tokens_paths,
+    unused_fields,
+)
 from abba.training.recipe import Recipe
+from abba.training.resume import refuse_no_start
+from abba.training.run_directory import RunDirectory
 from abba.training.tokens import TokenizedRows, prepare_tokens
 
 
@@ -34,6 +44,8 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
         AbbaError: whatever is wrong with recipe, base or data that can be seen without the weights.
     """
     settings = recipe.train
+    checked_zero(recipe.deepspeed.get("zero_optimization", {}))
+    refuse_no_start(recipe.adapter.init_from, recipe.checkpoint.resume, RunDirectory(recipe.output_dir).checkpoints)
     print(f"# resolved recipe\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False)}")
     micro = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)
@@ -75,7 +87,9 @@ def _tokenised(recipe: Recipe, tokenizer: Any) -> Mixture:
     with tempfile.TemporaryDirectory() as scratch:
         paths = tokens_paths(recipe.data, tokenizer, Path(scratch))
         for section, source in sources.items():
-            prepare_tokens(source, *limits, tokenizer, paths[section], recipe.data.prompt)
+            unused = prepare_tokens(source, *limits, tokenizer, paths[section], recipe.data.prompt)
+            if unused:
+                print(f"# {section}: {source.path}{unused_fields(unused)}\n")
         parts = [TokenizedRows(path) for path in paths.values()]
     return Mixture(parts, source_names(sources), recipe.data.weights)
 

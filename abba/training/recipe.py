@@ -69,7 +69,7 @@ class CheckpointSection(Section):
     resume: Text = "auto"  # auto: from output_dir's newest valid one; never; or another run's checkpoint
     strict: bool = False  # refuse a damaged checkpoint instead of using the one before
     allow_changed: list[str] = []  # fields that may differ from the checkpoint's: train.learning_rate, software
-    grace_seconds: Positive = 120  # from SIGTERM or SIGUSR1 to the end of the step and its save
+    grace_seconds: Positive = 240  # from SIGTERM or SIGUSR1 to the end of the step; the templates' jobs get 300
 
 
 class EvaluateSection(Section):
@@ -195,8 +195,11 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _reason(mistake: dict[str, Any], where: str) -> str:
     kind, value, context = mistake["type"], mistake.get("input"), mistake.get("ctx", {})
     if kind == "extra_forbidden":
-        section = _fields_of(where.rpartition(".")[0])
-        return f"unknown key{suggestion(where.rpartition('.')[2], section)}; known here: {', '.join(section)}"
+        parent, _, key = where.rpartition(".")
+        section = _fields_of(parent)
+        elsewhere = [name for name in _all_keys() if name.rpartition(".")[2] == key]
+        near = f"; did you mean {elsewhere[0]}?" if elsewhere else suggestion(key, section)
+        return f"unknown key{near}; known here: {', '.join(section)}"
     if kind == "missing":
         return "is required"
     if kind == "model_type":
@@ -226,6 +229,11 @@ def _fields_of(section: str) -> list[str]:
             field = model.model_fields.get(part) if model else None
             model = _section_in(field.annotation) if field else None
     return list(model.model_fields) if model else []
+
+
+def _all_keys() -> list[str]:
+    """section.key of every section."""
+    return [f"{section}.{key}" for section in Recipe.model_fields for key in _fields_of(section)]
 
 
 def _section_in(kind: Any) -> type[BaseModel] | None:

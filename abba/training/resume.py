@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from abba.adapter.baseline import PEFT_MISSING
 from abba.adapter.config import BASELINES, AdapterConfig
+from abba.adapter.directory import read_description
 from abba.adapter.initialize import Factors, seed_for
 from abba.adapter.inject import factor_shapes
 from abba.base_model import load_tokenizer
@@ -30,6 +31,7 @@ SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
 # What changes what is shown or when it is saved, not what is computed.
 BYSTANDERS = ("logging_steps", "eval_steps", "per_device_eval_batch_size", "ddp_timeout")
 WEIGHTS = "model.weights"  # a checksum that is known once the base is loaded
+CHAT_TEMPLATE = "data.chat_template"  # for scoring: what is trained on are the tokens, which have a hash of their own
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: s
     config = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     weights = [source["weight"] for source in data["sources"] or []] or [1.0]
     packing = data["max_length"] if data["packing"] else None  # the rows of a line decide how sums are rounded
-    chat = {"chat_template": ChatTemplate(load_tokenizer(base)).digest} if data["prompt"] == CHAT else {}  # for scoring
+    chat = {"chat_template": ChatTemplate(load_tokenizer(base)).digest} if data["prompt"] == CHAT else {}
     return {
         "train": {key: value for key, value in recipe["train"].items() if key not in BYSTANDERS},
         "data": {"tokens": tokens, "weights": weights, "eval_rows": data["eval_rows"], "packing": packing, **chat},
@@ -73,6 +75,16 @@ def _version(name: str, method: str) -> str:
         raise RecipeError(f"adapter.method: {method}: {PEFT_MISSING}") from None
 
 
+def refuse_no_start(init_from: str | None, resume: str, root: Path) -> None:
+    """Before anything is loaded: what a run is to start from has to be there.
+
+    Raises:
+        CheckpointError: adapter.init_from is no adapter, or checkpoint.resume names no checkpoint.
+    """
+    if not _candidates(resume, root) and init_from is not None:
+        read_description(Path(init_from))
+
+
 def find_resume_point(
     resume: str, strict: bool, root: Path, ranks: Ranks, device: torch.device, say: Callable[[str], None]
 ) -> ResumePoint | None:
@@ -81,14 +93,12 @@ def find_resume_point(
     Raises:
         CheckpointError: there are checkpoints and none of them verifies; or with `strict`, the newest does not.
     """
-    if resume == "never":
-        return None
     # Rank 0's listing decides: on a shared file system another rank may not see the newest name yet.
     found: list[Path] = []
     agree(lambda: found.extend(_candidates(resume, root)) if ranks.is_main else None, device)
     candidates = [Path(name) for name in json.loads(share(json.dumps([str(p) for p in found]).encode(), device)[0])]
     where = candidates[0].parent if candidates else root
-    if resume != "auto" and where == root:
+    if candidates and resume != "auto" and where == root:
         say(f"checkpoint: {root} has checkpoints of its own; checkpoint.resume={resume} was for the first start")
 
     def passed_over(line: str) -> None:
@@ -123,7 +133,8 @@ def refuse_changes(
     for name in allowed:
         if not any(_covers(name, field) for field in known):
             raise RecipeError(f"checkpoint.allow_changed: no field {name!r}; there are {', '.join(sorted(known))}")
-    different = [field for field in sorted(known) if current.get(field) != saved.get(field)]
+    compared = sorted(known - {CHAT_TEMPLATE})
+    different = [field for field in compared if current.get(field) != saved.get(field)]
     if WEIGHTS not in current:  # not loaded yet
         different = [field for field in different if field != WEIGHTS]
     refused = []
@@ -205,6 +216,8 @@ def refuse_foreign_end(last: Path, root: Path) -> None:
 
 def _candidates(resume: str, root: Path) -> list[Path]:
     """Checkpoints to choose from, in the order of their steps: the run's own, before its first those of `resume`."""
+    if resume == "never":
+        return []
     path = Path(resume)
     if resume != "auto" and root.resolve() in (path.resolve(), *path.resolve().parents):
         raise CheckpointError(

@@ -6,6 +6,7 @@ runs/NAME/
     checkpoints/       step-000100/ and so on
     adapter/           the result, in PEFT's LoHa form or another method's own
     model/             the result of full fine-tuning, in its place
+    begun.json         the batch job that has begun it, if it was one
     lock.json, starts.json, failures/    of a run that is alive, or did not end well
 """
 
@@ -49,6 +50,7 @@ class RunDirectory:
         self.model = self.path / "model"
         self.evaluation = self.path / "evaluation"
         self.failures = self.path / "failures"
+        self._begun = self.path / "begun.json"
         self._starts = self.path / "starts.json"
         self._lock: RunLock | None = None
 
@@ -74,6 +76,18 @@ class RunDirectory:
                 raise
             self.release(uncount=True)
 
+    def resume_of(self, wanted: str, job: str | None, requeued: int) -> str:
+        """`wanted`, but auto in place of never for a job that began this run before it was requeued.
+
+        SLURM gives it the same arguments: at each requeue it would discard what it has just saved.
+        """
+        try:
+            begun = read_json(self._begun)
+            is_own = job is not None and begun["job"] == job and int(begun["requeued"]) < requeued
+        except (CheckpointError, KeyError, TypeError, ValueError):  # no run has begun here, or not in a job
+            return wanted
+        return "auto" if is_own and wanted == "never" else wanted
+
     def confirm(self) -> None:
         """Raises RankLostError when another run has taken over this directory."""
         self._lock.confirm()
@@ -85,7 +99,14 @@ class RunDirectory:
                 self._starts.unlink(missing_ok=True)
             self._lock.release()
 
-    def begin(self, recipe: dict[str, Any], step: int, say: Callable[[str], None]) -> None:
+    def begin(
+        self,
+        recipe: dict[str, Any],
+        step: int,
+        say: Callable[[str], None],
+        job: str | None = None,
+        requeued: int = 0,
+    ) -> None:
         """Write recipe.yaml and leave what belongs to the first `step` steps; called right before the loop.
 
         Only what a run writes is deleted: somebody else's files in the same directory stay.
@@ -99,6 +120,10 @@ class RunDirectory:
                 say(f"checkpoint: removed {path}, which an earlier start left unfinished")
             self._keep_metrics(step, say)
             self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+            if job is None:
+                self._begun.unlink(missing_ok=True)
+            else:
+                write_json(self._begun, {"job": job, "requeued": requeued})
 
     def refuse_too_small(self, parameters: int, saves: int, keep: int) -> None:
         """Before the first step: raises CheckpointError when what the run will hold at once does not fit the disk.

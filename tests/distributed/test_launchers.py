@@ -1,10 +1,12 @@
 """Who a process is, as each launcher's variables say it."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from abba.errors import RankLostError
+from abba.sharded import process_group
 from abba.sharded.process_group import _device_index
 from abba.sharded.ranks import Ranks, ranks_from_environment
 from tests import warm
@@ -74,6 +76,27 @@ def test_what_makes_no_rank_is_refused(under, variables, said):
 @pytest.mark.parametrize(("local_rank", "visible", "index"), [(0, 8, 0), (7, 8, 7), (3, 1, 0)])
 def test_each_rank_has_a_gpu_its_own_or_the_only_one_it_is_shown(local_rank, visible, index):
     assert _device_index(local_rank, visible) == index
+
+
+def test_deepspeed_is_told_the_number_of_the_gpu_and_not_of_the_rank(monkeypatch):
+    """It makes its device of LOCAL_RANK. There is no GPU here: what joins, and what counts GPUs, are stand-ins."""
+    gpus = SimpleNamespace(
+        device_name=lambda index=None: "cuda" if index is None else f"cuda:{index}",
+        device_count=lambda: 1,
+        set_device=lambda index: None,
+        communication_backend_name=lambda: "nccl",
+    )
+    monkeypatch.setattr(process_group, "get_accelerator", lambda: gpus)
+    monkeypatch.setattr(process_group.deepspeed, "init_distributed", lambda *_, **__: None)
+    monkeypatch.setattr(process_group, "dist", SimpleNamespace(get_world_size=lambda: 8, get_rank=lambda: 3))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")  # to be put back
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    device = process_group.start_process_group(Ranks(3, 8, 3, 8, "mpirun"))
+    assert (device.type, device.index) == ("cuda", 0)
+    assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0" and os.environ["RANK"] == "3"
 
 
 def test_more_ranks_than_gpus_are_refused():

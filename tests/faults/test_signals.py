@@ -85,9 +85,26 @@ def test_no_step_boundary_within_the_grace_time_ends_at_once(lab, reference, tri
 def test_a_signal_while_loading_ends_at_once(lab, trial):
     with trial("A5 a signal before the first step"):
         cluster = lab.start("early", 2)
-        cluster.says("data: ")  # the ranks have met
+        cluster.says("adapter: ")  # the base is loaded, the engine is not
         for pid in cluster.pids():
             os.kill(pid, signal.SIGTERM)
         finished = cluster.wait()
-        assert {ended.returncode for ended in finished} <= {75, -15}, finished[0].stderr  # -15: not yet listening
+        assert [ended.returncode for ended in finished] == [75, 75], finished[0].stderr
         assert lab.checkpoints("early") == []
+
+
+def test_a_requeued_job_continues_though_it_was_to_start_over(lab, reference, trial):
+    """The same sbatch arguments again: checkpoint.resume=never would discard the checkpoint that the job has saved."""
+    over = ("checkpoint.resume=never", "overwrite_output_dir=true")
+    with trial("A6 requeued with checkpoint.resume=never"):
+        stopped, _ = lab.run(
+            "over", 2, [{"rank": 1, "at": "step 6", "do": "USR1"}], *over, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0"
+        )
+        assert [ended.returncode for ended in stopped] == [75, 75]
+        finished, _ = lab.run("over", 2, [], *over, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+        assert [ended.returncode for ended in finished] == [0, 0], finished[0].stderr
+        assert (
+            "this job was requeued and goes on; checkpoint.resume=never was for its first start" in finished[0].stdout
+        )
+        assert "continuing from" in finished[0].stdout
+        assert lab.outcome("over") == reference()

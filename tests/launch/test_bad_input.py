@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -146,12 +148,20 @@ def test_a_base_that_cannot_be_used(run, tmp_path, change, expected):
         (["adapter.target_modules=[q_prj]"], "'q_prj' matches no module of the model; did you mean q_proj?"),
         (["adapter.r1=200"], "200 is above the rank of model.layers.0.self_attn.q_proj, whose weight is (128, 128)"),
         (["deepspeed.zero_optimization.stage3_max_live_parameter=1"], "deepspeed.zero_optimization.stage3_max_live"),
+        (["deepspeed.zero_optimization.stage3_max_live_paramters=1"], "did you mean stage3_max_live_parameters?"),
+        (
+            ["adapter.target_modules=q_proj,v_proj"],
+            "is a regular expression for whole names; write a list: [q_proj, v_",
+        ),
         (["adapter.init_from=nowhere"], "nowhere: is not an ABBA adapter"),
+        (["checkpoint.resume=nowhere"], "nowhere is neither a checkpoint nor a run that has one"),
     ],
 )
 def test_an_adapter_that_does_not_fit(run, tmp_path, overrides, expected):
-    code = 66 if "init_from" in overrides[0] else 64
-    check(run(*TRAIN, f"output_dir={tmp_path / 'run'}", *overrides), code, expected)
+    code = 66 if "nowhere" in overrides[0] else 64
+    command = [*TRAIN, f"output_dir={tmp_path / 'run'}", *overrides]
+    check(run(*command), code, expected)
+    check(run(*command, "--dry-run"), code, expected)
 
 
 def test_only_an_earlier_run_is_overwritten_and_only_when_asked(run, tmp_path):
@@ -197,12 +207,25 @@ def test_the_deepspeed_launcher_shows_it_once_and_keeps_the_code(tmp_path):
             "recipes: is not an ABBA adapter",
         ),
         (["launch/generate.py", "--model", str(TINY), "--adapter", "recipes", "--prompt", "x"], 66, "is not an ABBA"),
+        (["launch/generate.py", "--prompt", "x"], 64, "--model: is missing"),
+        (
+            ["launch/plan.py", "--recipe", "llama70b_gsm8k", "deepspeed.zero_optimization.zero_hpz_partition_size=8"],
+            64,
+            "8: all 8 ranks are on one node, which needs no copy; set it to 1",
+        ),
     ],
 )  # fmt: skip
 def test_the_other_programs(run, command, code, expected):
     lines = check(run(*command), code, expected)
     assert len(lines) == 1, lines
     assert not (ROOT / "out").exists()
+
+
+@pytest.mark.parametrize("program", ["plan", "train"])
+def test_a_reader_that_stops_reading_is_no_mistake(program):
+    command = f"{sys.executable} launch/{program}.py --recipe quickstart {'--dry-run' * (program == 'train')} | true"
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert "Error" not in ended.stderr, ended.stderr
 
 
 @pytest.mark.parametrize("program", ["train", "prepare", "convert", "evaluate", "generate"])

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 
@@ -38,6 +39,20 @@ def test_torchrun_trains_on_two_ranks_and_leaves_a_whole_run(trained):
     assert len(list((run / "checkpoints/step-000003").glob("shard-*-of-00002.safetensors"))) == 2
     state = json.loads((run / "checkpoints/step-000003/state.json").read_text())
     assert state["fingerprint"]["model"]["weights"] and state["fingerprint"]["software"]["torch"]
+
+
+def test_a_start_does_not_import_torchs_compiler(tmp_path):
+    """DeepSpeed's Muon optimizer would, for nothing: seconds of each rank's start. A process of its own."""
+    lines = (
+        "import runpy, sys; sys.path[:0] = ['launch']; sys.argv[0] = 'launch/train.py'\n"
+        "runpy.run_path('launch/train.py', run_name='train')['main']()\n"
+        "assert 'deepspeed.runtime.zero.muon.original_muon' in sys.modules, 'ZeRO-3 no longer asks for it'\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    command = [sys.executable, "-c", lines, *SHORT[1:], "train.max_steps=1", f"output_dir={tmp_path / 'run'}"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert (tmp_path / "run/adapter").is_dir()
 
 
 def test_the_resolved_recipe_of_a_run_can_be_run_again(trained, tmp_path):

@@ -174,6 +174,21 @@ def test_damaged_lines_of_metrics_are_dropped_with_a_word(tmp_path):
     assert not directory.metrics.exists()
 
 
+def test_a_requeued_job_does_not_discard_what_it_has_saved(tmp_path):
+    """SLURM starts it with the same arguments; only the first start of a job may begin anew."""
+    directory, never = RunDirectory(tmp_path / "run"), ("never", "7")
+    (tmp_path / "run").mkdir()
+    assert directory.resume_of(*never, 0) == "never"
+    assert directory.resume_of(*never, 1) == "never"  # requeued before it began
+    directory.begin({}, 0, print, "7", 1)
+    assert directory.resume_of(*never, 1) == "never"  # a second command in the same allocation
+    assert directory.resume_of(*never, 2) == directory.resume_of(*never, 3) == "auto"
+    assert directory.resume_of("runs/other", "7", 2) == "runs/other"  # from which it may not have saved yet
+    assert directory.resume_of("never", "8", 2) == directory.resume_of("never", None, 2) == "never"
+    directory.begin({}, 0, print)
+    assert directory.resume_of(*never, 2) == "never"
+
+
 def test_rank_0_waits_for_the_others_to_end_but_not_for_ever(monkeypatch):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
     world = World()

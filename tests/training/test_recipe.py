@@ -74,6 +74,8 @@ def test_numbers_as_people_write_them(tmp_path, text, value):
     "overrides, expected",
     [
         (["train.learning_rat=1"], "train.learning_rat: unknown key; did you mean learning_rate?"),
+        (["train.save_steps=10"], "train.save_steps: unknown key; did you mean checkpoint.save_steps?"),
+        (["learning_rate=1e-3"], "learning_rate: unknown key; did you mean train.learning_rate?"),
         (["trian.learning_rate=1"], "trian: unknown key; did you mean train?"),
         (["train.learning_rate='1e-4'"], "train.learning_rate: '1e-4' is text, not a number; write it without quotes"),
         (["train.learning_rate=fast"], "'fast' is text, not a number"),
