@@ -11,7 +11,7 @@ help:
 	@echo "make quickstart   install, then fine-tune, convert and score the embedded tiny model"
 	@echo "make test         install, then run the tests"
 	@echo "make test-slow    the tests that take minutes each: real data, other seeds, large checkpoints"
-	@echo "make test-faults  100 of each fault on real ranks and on SLURM, two hours or three; writes a table to runs/faults.md"
+	@echo "make test-faults  100 of each fault on real ranks and on SLURM, an hour and a half; writes runs/faults.md, faults_slurm.md"
 	@echo "make test-slurm   a real SLURM cluster on this machine, and mpirun; installed where root and apt are there"
 	@echo "make bench        time, memory and traffic beside PEFT's and transformers', half an hour on two cores that do"
 	@echo "                  nothing else; ROWS=gsm8k/train.jsonl packs these rows; writes benchmarks/results"
