@@ -79,7 +79,9 @@ def refuse_hierarchy(size: int, ranks: Ranks) -> None:
     if size <= 1:
         return
     if on_node == ranks.world_size:
-        raise RecipeError(f"{key}: {size}: all {on_node} ranks are on one node, which needs no copy; set it to 1")
+        raise RecipeError(
+            f"{key}: {size}: all {on_node} ranks are on one node, which needs no copy; set it to 1, or take more nodes"
+        )
     if ranks.world_size % size:
         raise RecipeError(f"{key}: {size} does not divide the {ranks.world_size} ranks; set it to 1 or {on_node}")
     if size != on_node:
