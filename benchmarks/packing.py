@@ -14,6 +14,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -63,28 +64,30 @@ class Rows:
         return torch.arange(self.prompts[row], len(self.ids[row]))
 
 
-def micro_batches(data: Rows, way: str, longest: int, packed_rows: int) -> Iterator[MicroBatch]:
-    order = list(range(len(data)))
+def global_batches(count: int, size: int) -> list[list[int]]:
+    order = list(range(count))
     random.Random(0).shuffle(order)
+    return [order[first : first + size] for first in range(0, count - size + 1, size)]
+
+
+def micro_batches(data: Rows, rows: list[int], way: str, longest: int, packed_rows: int) -> Iterator[MicroBatch]:
+    """Those of the global batch of `rows`."""
     size = packed_rows if way == "packed" else PADDED_ROWS
-    whole = 4 * packed_rows  # rows of a global batch, within which rows are grouped
-    for first in range(0, len(order) - whole + 1, whole):
-        rows = order[first : first + whole]
-        if way == "grouped":
-            rows.sort(key=data.length)
-        for start in range(0, whole, size):
-            lines = lines_of(data, rows[start : start + size], longest if way == "packed" else None)
-            batch = collate(data, lines, 0, device())
-            if way == "fixed":
-                width = batch.input_ids.shape[1]
-                batch = MicroBatch(
-                    torch.nn.functional.pad(batch.input_ids, (0, longest - width)),
-                    torch.arange(longest, device=device()).expand(len(lines), -1),
-                    batch.predictors // width * longest + batch.predictors % width,
-                    batch.targets,
-                    batch.rows,
-                )
-            yield batch
+    if way == "grouped":
+        rows = sorted(rows, key=data.length)
+    for start in range(0, len(rows), size):
+        lines = lines_of(data, rows[start : start + size], longest if way == "packed" else None)
+        batch = collate(data, lines, 0, device())
+        if way == "fixed":
+            width = batch.input_ids.shape[1]
+            batch = MicroBatch(
+                torch.nn.functional.pad(batch.input_ids, (0, longest - width)),
+                torch.arange(longest, device=device()).expand(len(lines), -1),
+                batch.predictors // width * longest + batch.predictors % width,
+                batch.targets,
+                batch.rows,
+            )
+        yield batch
 
 
 def main() -> None:
@@ -97,6 +100,7 @@ def main() -> None:
     parser.add_argument(
         "--hidden", type=int, default=1024, help="narrower, attention would weigh more than in a large model"
     )
+    parser.add_argument("--layers", type=int, default=2, help="with fewer, the head would weigh more")
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto")
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -107,7 +111,7 @@ def main() -> None:
     config = LlamaConfig(
         hidden_size=arguments.hidden,
         intermediate_size=4 * arguments.hidden,
-        num_hidden_layers=1,
+        num_hidden_layers=arguments.layers,
         num_attention_heads=8,
         vocab_size=arguments.pieces,
     )
@@ -117,17 +121,26 @@ def main() -> None:
     return_losses(model)
 
     ways = ("fixed", "longest", "grouped", "packed")
-    batches = {way: list(micro_batches(data, way, arguments.length, arguments.packed_rows)) for way in ways}
+    groups = global_batches(len(data), 4 * arguments.packed_rows)
+    sizes = (arguments.length, arguments.packed_rows)
+    batches = {way: [list(micro_batches(data, rows, way, *sizes)) for rows in groups] for way in ways}
 
-    def compute(way: str) -> None:
-        for batch in batches[way]:
+    def compute(some: list[MicroBatch]) -> None:
+        for batch in some:
             model(*batch.inputs).backward()
         model.zero_grad()
 
-    seconds = in_turns({way: lambda way=way: compute(way) for way in ways}, arguments.repetitions)
+    for way in ways:
+        compute(batches[way][0][:1])
+    turns = [
+        in_turns({way: partial(compute, batches[way][number]) for way in ways}, arguments.repetitions, warmup=0)
+        for number in range(len(groups))
+    ]
+    seconds = {way: [turn[way] for turn in turns] for way in ways}  # of each global batch, every repetition
+    batches = {way: [batch for group in batches[way] for batch in group] for way in ways}
     learned = {way: sum(len(b.targets) for b in batches[way]) for way in ways}
     assert len(set(learned.values())) == 1, "all ways compute the same rows"
-    rate = {way: learned[way] / median(seconds[way]) for way in ways}
+    rate = {way: learned[way] / sum(map(median, seconds[way])) for way in ways}
     rows = [
         {
             "way": way,

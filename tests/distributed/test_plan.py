@@ -16,7 +16,7 @@ from tests.distributed.conftest import FAST, IN_BFLOAT16
 from tests.distributed.ranks import TINY, probe
 from tests.distributed.test_hierarchy import HPZ
 from tests.distributed.test_hierarchy import SHORT as ON_NODES
-from tests.faults.harness import beyond_make_test
+from tests.faults.harness import beyond_ci, beyond_make_test
 from tests.models import tiny_model
 
 SETTLED = 2  # before that DeepSpeed records its trace of the model, and gathers more
@@ -113,7 +113,7 @@ def hundred_million(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=beyond_ci), 2, pytest.param(4, marks=beyond_ci)])
 def test_a_plan_of_a_hundred_million_parameters_is_what_happens(tmp_path, arguments, hundred_million, world):
     more = [f"model.name_or_path={hundred_million}", "adapter.r1=16", "adapter.r2=16", "data.max_rows=16"]
     more += ["train.max_steps=3", "train.global_batch_size=4", "data.eval_rows=0", "train.eval_steps=null"]

@@ -21,8 +21,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory: Path = tmp_path_factory.mktemp("gsm8k") / "run"
-    command = ["launch/train.py", "--recipe", "gsm8k.yaml", f"model.name_or_path={TINY}"]
-    result = deepspeed(*command, f"data.path={GSM8K / 'train.jsonl'}", f"output_dir={directory}", "train.max_steps=30")
+    command = ["launch/train.py", "--recipe", "gsm8k.yaml", f"model.name_or_path={TINY}", f"output_dir={directory}"]
+    fewer = ["train.max_steps=30", "train.global_batch_size=16"]
+    result = deepspeed(*command, f"data.path={GSM8K / 'train.jsonl'}", *fewer)
     assert result.returncode == 0, result.stderr[-3000:]
     return directory, result.stdout
 
