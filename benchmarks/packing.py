@@ -27,6 +27,7 @@ from abba.adapter.config import AdapterConfig
 from abba.adapter.inject import inject
 from abba.base_model import DTYPE_CHOICES, DTYPES, choose_dtype
 from abba.text.prompt import render_prompt
+from abba.training.attention import keep_rows_apart, line_tokens
 from abba.training.batches import MicroBatch, collate, lines_of
 from abba.training.loss import return_losses
 from abba.training.model import enable_checkpointing
@@ -76,7 +77,7 @@ def micro_batches(data: Rows, rows: list[int], way: str, longest: int, packed_ro
     if way == "grouped":
         rows = sorted(rows, key=data.length)
     for start in range(0, len(rows), size):
-        lines = lines_of(data, rows[start : start + size], longest if way == "packed" else None)
+        lines = lines_of(data, rows[start : start + size], line_tokens("sdpa", longest) if way == "packed" else None)
         batch = collate(data, lines, 0, device())
         if way == "fixed":
             width = batch.input_ids.shape[1]
@@ -86,6 +87,7 @@ def micro_batches(data: Rows, rows: list[int], way: str, longest: int, packed_ro
                 batch.predictors // width * longest + batch.predictors % width,
                 batch.targets,
                 batch.rows,
+                batch.row_lengths,
             )
         yield batch
 
@@ -125,15 +127,18 @@ def main() -> None:
     sizes = (arguments.length, arguments.packed_rows)
     batches = {way: [list(micro_batches(data, rows, way, *sizes)) for rows in groups] for way in ways}
 
-    def compute(some: list[MicroBatch]) -> None:
+    def compute(way: str, some: list[MicroBatch]) -> None:
+        model.set_attn_implementation("sdpa")
+        if way == "packed":
+            keep_rows_apart(model)
         for batch in some:
             model(*batch.inputs).backward()
         model.zero_grad()
 
     for way in ways:
-        compute(batches[way][0][:1])
+        compute(way, batches[way][0][:1])
     turns = [
-        in_turns({way: partial(compute, batches[way][number]) for way in ways}, arguments.repetitions, warmup=0)
+        in_turns({way: partial(compute, way, batches[way][number]) for way in ways}, arguments.repetitions, warmup=0)
         for number in range(len(groups))
     ]
     seconds = {way: [turn[way] for turn in turns] for way in ways}  # of each global batch, every repetition

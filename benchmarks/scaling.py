@@ -89,10 +89,10 @@ def engine_of(
 
 
 def inputs_of(ids_LT: Tensor) -> tuple[Tensor, ...]:
-    """What our model takes: tokens, positions, the places that predict, and what: here all, the next token."""
+    """What our model takes: tokens, positions, the places that predict, and what: here all, the next token; lengths."""
     positions_LT = torch.arange(ids_LT.shape[1], device=ids_LT.device).expand_as(ids_LT)
     predictors_S = torch.arange(ids_LT.numel(), device=ids_LT.device)
-    return ids_LT, positions_LT, predictors_S, ids_LT.roll(-1, dims=1).flatten()
+    return ids_LT, positions_LT, predictors_S, ids_LT.roll(-1, dims=1).flatten(), (ids_LT.shape[1],) * len(ids_LT)
 
 
 def train_on_this_rank(layers: list[int], hidden: int, tokens: int, dtype: str, repetitions: int, result: Path) -> None:

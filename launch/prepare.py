@@ -20,19 +20,24 @@ from abba.training.recipe import Recipe, load_recipe
 
 def prepare_run(recipe: Recipe) -> None:
     # Imported here because it takes seconds: a mistake in the recipe is shown at once.
+    import torch
+
+    from abba.base_model import choose_attention, load_config
     from abba.evaluation.tasks import load_questions, question_sources
+    from abba.training.attention import line_tokens
     from abba.training.data_report import data_report
     from abba.training.prepare import fetch, plan_batches, prepare
 
     say = partial(print, flush=True)
     score = recipe.evaluate
     fetch(recipe, question_sources(score.task, score.path).values() if score is not None else (), say)
-    _, _, data = prepare(recipe, is_main=True, say=say)
+    base, _, data = prepare(recipe, is_main=True, say=say)
     if score is not None:
         questions = load_questions(score.task, score.path, score.limit)
         say(f"evaluate: {len(questions):,} problems")
     plan, _, steps = plan_batches(recipe, data)
-    packed = recipe.data.max_length if recipe.data.packing else None
+    attention, _ = choose_attention(load_config(base), recipe.model.attn_implementation, "cpu", torch.float32)
+    packed = line_tokens(attention, recipe.data.max_length) if recipe.data.packing else None
     print(*data_report(data, plan, steps, packed), sep="\n")
 
 

@@ -194,9 +194,10 @@ def build(
 
     from abba.base_model import DTYPES
     from abba.sharded.engine import start_engine
+    from abba.training.attention import keep_rows_apart, line_tokens
     from abba.training.loop import assert_delta_is_zero
     from abba.training.loss import return_losses
-    from abba.training.model import enable_checkpointing, load_partitioned, packed_tokens
+    from abba.training.model import enable_checkpointing, load_partitioned
     from abba.training.resume import refuse_changes
     from abba.training.start import injected
 
@@ -208,7 +209,8 @@ def build(
     model, checksum = load_partitioned(base, dtype, attention, config, device, ranks, startup, say)
     identity["model"]["weights"] = f"{checksum:016x}"
     if recipe.data.packing:
-        stream = replace(stream, line_tokens=packed_tokens(model, recipe.data.max_length))
+        stream = replace(stream, line_tokens=line_tokens(model.config._attn_implementation, recipe.data.max_length))
+        keep_rows_apart(model)
     if resumed is not None:
         refuse_changes(resumed, identity, recipe.checkpoint.allow_changed, steps, silent)
     first = resumed.state.step if resumed else 0

@@ -52,7 +52,7 @@ class Job:
     sharding: Sharding = Sharding()
     eval_batch: int = 0  # rows of a micro-batch of held-out rows; 0: none are held out
     kept_checkpoints: int = 2
-    packing: bool = False  # rows share lines of `tokens`, at most as many lines as there were rows
+    packing: bool = False
 
     @property
     def accumulation(self) -> int:
@@ -94,9 +94,14 @@ class Job:
 
     @property
     def masked(self) -> bool:
-        """Attention takes a mask of (tokens, tokens) for each line: eager always, sdpa for more than causality."""
+        """Attention takes a mask of (tokens, tokens) for each row: eager always, sdpa for more than causality."""
         windowed = self.architecture.window is not None and self.tokens >= self.architecture.window
-        return self.attention_kind == "eager" or (self.attention_kind == "sdpa" and (self.packing or windowed))
+        return self.attention_kind == "eager" or (self.attention_kind == "sdpa" and windowed)
+
+    @property
+    def by_row(self) -> bool:
+        """Attention is computed for one row of a line after the other."""
+        return self.packing and self.attention_kind == "sdpa"
 
     @property
     def rank(self) -> int:

@@ -93,7 +93,7 @@ def layer_bytes(job: Job) -> int:
     per_token += 2 * model.hidden * element  # the inputs of attention and MLP
     per_token += job.adapted * job.rank * element  # x A_kr of every adapted linear
     per_token += 4 * model.mlp * element  # gate, its activation, up, their product
-    per_token += 2 * query * element  # q and the output
+    per_token += (2 + job.by_row) * query * element  # q and the output; that of each row, and of all together
     per_token += 2 * (query if job.masked else key) * element  # k and v: with a mask they are repeated for every head
     if job.attention_kind == "eager":
         per_token += scores * (FP32 + element * (1 + model.attention_cap))  # softmax, rounded; of capped scores tanh

@@ -15,7 +15,7 @@ class MicroBatch:
     """Shapes: L lines, T tokens of the longest, S supervised tokens. Padded on the right, where no causal model looks.
 
     Where a line holds several rows the positions start again at each: transformers reads the borders from that, for
-    its attention masks and for flash attention's lengths.
+    its attention masks and for flash attention's lengths; abba.training.attention takes them as `row_lengths`.
     """
 
     input_ids: Tensor  # (L, T)
@@ -23,11 +23,12 @@ class MicroBatch:
     predictors: Tensor  # (S,): the positions of (L, T), flattened, whose next token is supervised, ascending
     targets: Tensor  # (S,): that next token, of the same row
     rows: list[int]
+    row_lengths: tuple[int, ...]  # in tokens
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, ...]]:
         """What the model takes to give the loss."""
-        return self.input_ids, self.position_ids, self.predictors, self.targets
+        return self.input_ids, self.position_ids, self.predictors, self.targets, self.row_lengths
 
 
 def collate(data: Mixture, lines: list[list[int]], padding: int, device: torch.device) -> MicroBatch:
@@ -48,7 +49,8 @@ def collate(data: Mixture, lines: list[list[int]], padding: int, device: torch.d
             start = stop
     # Flat places, found here on the CPU: a mask on a GPU would make it wait twice for how many are supervised.
     tensors = (ids, positions, torch.cat(predictors), torch.cat(targets))
-    return MicroBatch(*(tensor.to(device) for tensor in tensors), [row for line in lines for row in line])
+    rows = [row for line in lines for row in line]
+    return MicroBatch(*(tensor.to(device) for tensor in tensors), rows, tuple(map(data.length, rows)))
 
 
 def lines_of(data: Mixture, rows: list[int], most: float | None) -> list[list[int]]:

@@ -21,6 +21,7 @@ from abba.base_model import (
     load_tokenizer,
 )
 from abba.sharded.engine import checked_zero
+from abba.training.attention import line_tokens
 from abba.training.data_report import data_report
 from abba.training.mixture import Mixture
 from abba.training.prepare import (
@@ -63,7 +64,7 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
 
     print(f"# batches, on {world_size} rank{'s' * (world_size > 1)}: the launcher decides, see its --num_gpus")
     print(*data.notes, sep="\n", end="\n" * bool(data.notes))
-    packed = recipe.data.max_length if recipe.data.packing else None
+    packed = line_tokens(attention, recipe.data.max_length) if recipe.data.packing else None
     print(*data_report(data, plan, steps, packed), sep="\n")
     print(f"global batch {settings.global_batch_size} = {world_size} ranks x {micro} rows x {accumulation} times")
     print("\n# adapter")

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from abba.training.attention import BY_ROW
+
 CHUNK = 512  # supervised tokens: with 128,256 words their fp32 logits take 263 MB
 
 # Architectures whose forward is: decoder, lm_head, and a cap on the logits where config.final_logit_softcapping is set.
@@ -107,15 +109,20 @@ def _fused(model: PreTrainedModel, head: LossHead) -> Callable[..., Tensor]:
     cap = getattr(model.config, "final_logit_softcapping", None)
     decoder = model.get_decoder()
 
-    def forward(input_ids: Tensor, position_ids: Tensor, predictors: Tensor, targets: Tensor) -> Tensor:
-        hidden_LTD = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    def forward(
+        input_ids: Tensor, position_ids: Tensor, predictors: Tensor, targets: Tensor, row_lengths: tuple[int, ...]
+    ) -> Tensor:
+        borders = {"row_lengths": row_lengths} if model.config._attn_implementation == BY_ROW else {}
+        hidden_LTD = decoder(input_ids, position_ids=position_ids, use_cache=False, **borders).last_hidden_state
         return head(hidden_LTD.flatten(0, 1).index_select(0, predictors), targets, cap)
 
     return forward
 
 
 def _through_logits(model_forward: Callable[..., object]) -> Callable[..., Tensor]:
-    def forward(input_ids: Tensor, position_ids: Tensor, predictors: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        input_ids: Tensor, position_ids: Tensor, predictors: Tensor, targets: Tensor, row_lengths: tuple[int, ...]
+    ) -> Tensor:
         logits = model_forward(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         return token_loss_sum(logits, predictors, targets)
 

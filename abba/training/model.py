@@ -1,6 +1,5 @@
 """The base model as it is trained: partitioned, filled from disk, with gradient checkpointing."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +10,9 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from abba.base_model import build_empty, choose_attention, load_config
-from abba.errors import RecipeError
 from abba.sharded.loading import load_base, partitioned_from_birth
 from abba.sharded.ranks import Ranks
 from abba.training.startup import Startup
-
-# Rows on one line see each other through nothing but attention, whose masks know their borders.
-ATTENDING = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 def load_partitioned(
@@ -78,20 +73,3 @@ def enable_checkpointing(model: PreTrainedModel, mode: str) -> None:
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for layer in layers[1::2]:
             layer.gradient_checkpointing = False
-
-
-def packed_tokens(model: PreTrainedModel, max_length: int) -> float:
-    """The most tokens on a line that holds several rows.
-
-    With flash attention a micro-batch is one line: transformers sees borders there only in batches of one. Elsewhere a
-    mask of (tokens, tokens) is computed with, so lines stay short.
-
-    Raises:
-        RecipeError: an architecture whose rows could see each other.
-    """
-    if model.config.model_type not in ATTENDING:
-        raise RecipeError(
-            f"data.packing: rows on one line are known to stay apart in {', '.join(ATTENDING)} only, not in "
-            f"{model.config.model_type}; set data.packing=false, and train.group_by_length=true to pad less"
-        )
-    return math.inf if model.config._attn_implementation.startswith("flash") else max_length

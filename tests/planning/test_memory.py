@@ -12,9 +12,10 @@ from abba import AdapterConfig, inject
 from abba.planning.architecture import architecture_of
 from abba.planning.job import Job
 from abba.planning.memory import CHUNK, backward_bytes, evaluation_bytes, kept_bytes, layer_bytes, loss_bytes
+from abba.training.attention import keep_rows_apart, line_tokens
 from abba.training.batches import collate, lines_of
 from abba.training.loss import return_losses
-from abba.training.model import enable_checkpointing, packed_tokens
+from abba.training.model import enable_checkpointing
 from tests.faults.harness import computes_much_in_bfloat16
 from tests.warm import ROOT
 
@@ -35,10 +36,10 @@ SHAPE = {
 
 
 class Rows:
-    """As TokenizedRows: every row but the first ends in padding, or with `packing` two fill a line; all supervised."""
+    """As TokenizedRows: all supervised."""
 
-    def __init__(self, rows, tokens, packing):
-        self._lengths = [tokens // 2] * (2 * rows) if packing else [tokens] + [tokens - 1] * (rows - 1)
+    def __init__(self, lengths):
+        self._lengths = lengths
 
     def __len__(self):
         return len(self._lengths)
@@ -63,10 +64,13 @@ def build(family, attention, layers=3, *, vocab=256, mode="none", rank=4, packin
     enable_checkpointing(model, mode)
     return_losses(model)
     rows, tokens = shape
-    data = Rows(rows, tokens, packing)
-    lines = lines_of(data, list(range(len(data))), packed_tokens(model, tokens) if packing else None)
+    data = Rows([tokens] + [tokens - 1] * (rows - 1))  # padded
+    if packing:  # as many tokens: on one line, or with a mask on lines of two rows each
+        data = Rows([tokens // 2] * (2 * rows) if attention == "eager" else [tokens] * rows)
+        keep_rows_apart(model)
+    lines = lines_of(data, list(range(len(data))), line_tokens(attention, tokens) if packing else None)
     batch = collate(data, lines, 0, torch.device("cpu"))
-    assert batch.input_ids.shape == shape
+    assert batch.input_ids.shape == ((1, rows * tokens) if packing and attention == "sdpa" else shape)
     job = Job(architecture_of(config.to_dict(), family), adapter, 1, rows, rows, tokens, mode, BF16, attention)
     return model, batch.inputs, replace(job, packing=packing)
 

@@ -83,10 +83,9 @@ def test_of_checkpointing_the_least_that_fits_is_suggested():
     assert len(keys) > 2 and len(set(keys)) == len(keys), together[0][0]
 
 
-def test_packing_needs_the_mask_and_flash_attention_none():
+def test_packing_keeps_the_output_of_attention_twice_and_flash_attention_does_not():
     plain, packed = (plan(job(packing=p, checkpointing="none"), NODE).gpu["activations kept"] for p in (False, True))
-    repeated, mask = 2 * (32 - 8) * 128 * 2, 1024 * 2
-    assert packed - plain == 4 * 1024 * (32 * (repeated + mask) + 1024)
+    assert packed - plain == 4 * 1024 * 32 * 4096 * 2
     flash = [plan(job(packing=p, attention="flash_attention_2"), NODE).gpu for p in (False, True)]
     assert flash[0] == flash[1]
 

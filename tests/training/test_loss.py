@@ -11,9 +11,10 @@ import abba.training.loss
 from abba.adapter.config import AdapterConfig
 from abba.adapter.inject import inject
 from abba.errors import RecipeError
+from abba.training.attention import BY_ROW, keep_rows_apart, line_tokens
 from abba.training.batches import collate, lines_of
 from abba.training.loss import FrozenHeadLoss, return_losses, token_loss_sum
-from abba.training.model import enable_checkpointing, packed_tokens
+from abba.training.model import enable_checkpointing
 from tests.models import FAMILIES, randomize_factors, tiny_model
 
 # transformers' Gemma-2 has no sdpa: it would leave out the cap on attention logits.
@@ -137,7 +138,8 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(family, attention
     data = Rows()
     alone, apart = loss_and_gradients(model, batch_of(data, [[row] for row in range(5)]))
     apart = {name: gradient.clone() for name, gradient in apart.items()}
-    for most in (40, 1000):
+    keep_rows_apart(model)
+    for most in (40, 1000) if attention == "eager" else (1000,):
         lines = lines_of(data, list(range(5)), most)
         assert len(lines) == {40: 3, 1000: 1}[most]
         model.zero_grad()
@@ -151,6 +153,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(family, attention
 def test_no_row_sees_another_on_its_line(family, attention):
     model = adapted(family)
     model.set_attn_implementation(attention)
+    keep_rows_apart(model)
     first, second = Rows(), Rows()
     second.ids[2] = Rows(seed=1).ids[2]
     start, stop = LENGTHS[0], LENGTHS[0] + LENGTHS[2]
@@ -158,7 +161,9 @@ def test_no_row_sees_another_on_its_line(family, attention):
     def hidden(data):
         batch = batch_of(data, [[0, 2, 1]])
         with torch.no_grad():
-            states = model.get_decoder()(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            borders = {"row_lengths": batch.row_lengths} if attention == "sdpa" else {}
+            ids, positions = batch.input_ids, batch.position_ids
+            states = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, **borders)
         return states.last_hidden_state[0]
 
     before, after = hidden(first), hidden(second)
@@ -169,11 +174,18 @@ def test_no_row_sees_another_on_its_line(family, attention):
 def test_architectures_that_mix_rows_elsewhere_are_refused():
     recurrent = types.SimpleNamespace(config=types.SimpleNamespace(model_type="mamba2", _attn_implementation="sdpa"))
     with pytest.raises(RecipeError, match="data.packing: .* not in mamba2; set data.packing=false"):
-        packed_tokens(recurrent, 512)
-    llama = tiny_model("llama")
-    assert packed_tokens(llama, 512) == 512
-    llama.config._attn_implementation = "flash_attention_2"
-    assert packed_tokens(llama, 512) == float("inf"), "transformers sees borders in one line only"
+        keep_rows_apart(recurrent)
+
+
+def test_lines_are_short_only_where_all_tokens_are_computed_with():
+    assert line_tokens("eager", 512) == 512
+    assert line_tokens("sdpa", 512) == line_tokens("flash_attention_2", 512) == float("inf")
+    model = tiny_model("llama")
+    keep_rows_apart(model)
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+    keep_rows_apart(model)
+    assert model.config._attn_implementation == BY_ROW
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Rows that share a line, each attending to itself alone.
+
+A mask of all tokens by all tokens would be computed with as if every row saw every other, and by kernels that know
+masks. Row by row torch's causal kernels do it, and a line may be as long as it likes. Flash attention's own interface
+takes the rows' borders instead.
+
+Shapes: H heads, T tokens of the line, t of a row, K per head.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from abba.errors import RecipeError
+
+BY_ROW = "sdpa_by_row"
+
+# Rows on one line see each other through nothing but attention, which knows their borders.
+ATTENDING = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
+
+
+def line_tokens(attention: str, max_length: int) -> float:
+    """The most tokens on a line that holds several rows, with this implementation of attention.
+
+    Those that take the rows' borders have a micro-batch on one line, without padding; flash attention sees borders only
+    in batches of one. `eager` computes with a mask of (tokens, tokens), so its lines stay short.
+    """
+    return max_length if attention == "eager" else math.inf
+
+
+def keep_rows_apart(model: PreTrainedModel) -> None:
+    """From now on no row sees another one of its line.
+
+    Raises:
+        RecipeError: an architecture whose rows could see each other.
+    """
+    if model.config.model_type not in ATTENDING:
+        raise RecipeError(
+            f"data.packing: rows on one line are known to stay apart in {', '.join(ATTENDING)} only, not in "
+            f"{model.config.model_type}; set data.packing=false, and train.group_by_length=true to pad less"
+        )
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(BY_ROW)
+
+
+def sdpa_by_row(
+    module: nn.Module,
+    query_1HTK: Tensor,
+    key_1HTK: Tensor,
+    value_1HTK: Tensor,
+    attention_mask: None,
+    *,
+    row_lengths: tuple[int, ...],
+    sliding_window: int | None = None,
+    **named: object,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa on each row of one line; the result is (1, T, H, K).
+
+    Args:
+        attention_mask: transformers makes none for an attention that it does not know.
+        row_lengths: t of each row; their sum is T.
+        sliding_window: how many tokens, itself included, a token sees.
+    """
+    tensors = (query_1HTK, key_1HTK, value_1HTK)
+    rows = zip(*(tensor.split(row_lengths, dim=2) for tensor in tensors), strict=True)
+    outputs = []
+    for query_1HtK, key_1HtK, value_1HtK in rows:
+        mask_tt = _window(query_1HtK.shape[2], sliding_window, query_1HtK.device)
+        row = (query_1HtK, key_1HtK, value_1HtK, mask_tt)
+        outputs.append(sdpa_attention_forward(module, *row, is_causal=mask_tt is None, **named)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _window(tokens: int, width: int | None, device: torch.device) -> Tensor | None:
+    """Which tokens see which, where causality does not say it all."""
+    if width is None or tokens <= width:
+        return None
+    distance_tt = torch.arange(tokens, device=device)[:, None] - torch.arange(tokens, device=device)
+    return ((distance_tt >= 0) & (distance_tt < width))[None, None]
+
+
+AttentionInterface.register(BY_ROW, sdpa_by_row)
