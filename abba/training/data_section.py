@@ -58,7 +58,7 @@ class DataSection(RowsSection):
     max_length: Annotated[int, Field(ge=8)] = 512
     max_bad_rows: Count = 0  # rows of a source that cannot be trained on: more than this ends the run
     eval_rows: Count = 0  # held out for eval_loss, chosen by seed
-    packing: bool = False  # several rows on a line of max_length tokens; none sees another
+    packing: bool = False  # the rows of a micro-batch on one line, not padded; none sees another
     prepared_path: Text = "runs/prepared"  # tokens, and the base's initial factors: shared by all runs
 
     @model_validator(mode="before")

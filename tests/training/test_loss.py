@@ -19,6 +19,7 @@ from tests.models import FAMILIES, randomize_factors, tiny_model
 
 # transformers' Gemma-2 has no sdpa: it would leave out the cap on attention logits.
 ATTENTION = [(name, kind) for name in FAMILIES for kind in ("eager", "sdpa") if (name, kind) != ("gemma2", "sdpa")]
+MORE = [(name, "sdpa") for name in ("gemma", "phi3", "qwen3")]  # whose rows may share a line too
 LENGTHS = (19, 33, 7, 24, 12)
 
 
@@ -149,7 +150,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(family, attention
             torch.testing.assert_close(gradient, apart[name], rtol=1e-4, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize(("family", "attention"), ATTENTION)
+@pytest.mark.parametrize(("family", "attention"), ATTENTION + MORE)
 def test_no_row_sees_another_on_its_line(family, attention):
     model = adapted(family)
     model.set_attn_implementation(attention)
