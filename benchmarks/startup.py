@@ -90,6 +90,7 @@ def both_starts(launcher: str, model: str, ranks: int, overrides: list[str], rep
 
 def starts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     shared = ["data.eval_rows=0", "train.eval_steps=", "adapter.r1=16", "adapter.r2=16"]
+    shared += ["train.global_batch_size=2", "train.per_device_train_batch_size=1"]  # the step itself is step.py's
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for model in arguments.models:
@@ -159,10 +160,10 @@ def decompositions(size: int, rank: int, repetitions: int) -> list[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=["quickstart", "random"], default=["quickstart", "random"])
-    parser.add_argument("--layers", type=int, default=16, help="of the random one: 16.8 million parameters each")
+    parser.add_argument("--layers", type=int, default=8, help="of the random one: 16.8 million parameters each")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--launcher", choices=list(LAUNCHERS), default="deepspeed")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--svd-size", type=int, default=4096, help="rows and columns of the weights; 0: no SVD alone")
     parser.add_argument("--svd-rank", type=int, default=16)
     parser.add_argument("--output", type=Path, default=RESULTS)
