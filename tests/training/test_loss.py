@@ -152,7 +152,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(family, attention
 
 @pytest.mark.parametrize(("family", "attention"), ATTENTION + MORE)
 def test_no_row_sees_another_on_its_line(family, attention):
-    model = adapted(family)
+    model = tiny_model(family)
     model.set_attn_implementation(attention)
     keep_rows_apart(model)
     first, second = Rows(), Rows()
