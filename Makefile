@@ -44,7 +44,7 @@ test-faults: $(INSTALLED)
 
 test-slurm: $(INSTALLED)
 	tests/slurm/cluster.sh install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m slurm
+	$(BIN)/python -m pytest -m slurm
 
 # On a GPU: benchmarks/gpu.py, eight minutes.
 bench: $(INSTALLED)

@@ -13,12 +13,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork after its thread pool s
 from tests.fault_table import pytest_sessionfinish, pytest_testnodedown, trial  # noqa: F401
 from tests.faults.harness import TRIALS
 
-GROUPS = {"faults": "faults", "distributed": "ranks", "launch": "ranks", "slurm": "slurm"}  # by room
+GROUPS = {"faults": "faults", "distributed": "ranks", "launch": "ranks", "slurm": "ranks"}  # by room
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """Of the tests that start ranks those of a group run one after another, however many workers there are."""
+    """Tests that start ranks run two at a time at most, though there may be more workers (make test)."""
     for item in items:
         if (room := item.path.parent.name) in GROUPS:
             # Of a hundred trials each there is little else: two workers share them by file.

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from abba.sharded.ranks import Ranks
 from abba.sharded.together import agree, share
 from abba.text.chat import ChatTemplate
 from abba.text.prompt import CHAT
+from abba.training.attention import line_tokens
 
 SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
 # What changes what is shown or when it is saved, not what is computed.
@@ -55,7 +57,8 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: s
     software = (*SOFTWARE, *(name for name, is_used in used.items() if is_used))
     config = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     weights = [source["weight"] for source in data["sources"] or []] or [1.0]
-    packing = data["max_length"] if data["packing"] else None  # the rows of a line decide how sums are rounded
+    most = line_tokens(attention, data["max_length"]) if data["packing"] else None
+    packing = "one line" if most == math.inf else most  # the rows of a line decide how sums are rounded
     chat = {"chat_template": ChatTemplate(load_tokenizer(base)).digest} if data["prompt"] == CHAT else {}
     return {
         "train": {key: value for key, value in recipe["train"].items() if key not in BYSTANDERS},

@@ -15,7 +15,11 @@ from abba.training.attention import BY_ROW, keep_rows_apart, line_tokens
 from abba.training.batches import collate, lines_of
 from abba.training.loss import FrozenHeadLoss, return_losses, token_loss_sum
 from abba.training.model import enable_checkpointing
+from abba.training.recipe import load_recipe
+from abba.training.resume import fingerprint
+from tests.distributed.ranks import TINY
 from tests.models import FAMILIES, randomize_factors, tiny_model
+from tests.warm import ROOT
 
 # transformers' Gemma-2 has no sdpa: it would leave out the cap on attention logits.
 ATTENTION = [(name, kind) for name in FAMILIES for kind in ("eager", "sdpa") if (name, kind) != ("gemma2", "sdpa")]
@@ -217,3 +221,14 @@ def test_in_bf16_the_gradient_is_scaled_before_it_is_rounded():
     whole = hidden_SD.clone().requires_grad_()
     FrozenHeadLoss.apply(whole, weight_VD, None, targets_S, None).backward()
     assert torch.equal(leaf.grad, (whole.grad.float() * scale).bfloat16())
+
+
+def test_a_run_remembers_how_its_rows_were_packed():
+    """A checkpoint of another way, which rounds its sums otherwise, is refused by name."""
+    recipe = load_recipe("gsm8k", [f"model.name_or_path={TINY}", "data.max_length=512"], ROOT / "recipes").model_dump(
+        mode="json"
+    )
+    ways = {kind: fingerprint(recipe, "", TINY, kind)["data"]["packing"] for kind in ("eager", "sdpa")}
+    assert ways == {"eager": 512, "sdpa": "one line"}
+    recipe["data"]["packing"] = False
+    assert fingerprint(recipe, "", TINY, "sdpa")["data"]["packing"] is None
