@@ -70,7 +70,7 @@ def write_adapter(
         CheckpointError: `directory` is not empty, cannot be written, or does not hold what was meant when re-opened.
     """
     refuse_occupied(directory, overwrite)
-    layout = {key: Spec(shape, dtype) for key, shape in _shapes(description).items()}
+    layout = {key: Spec(shape, dtype) for key, shape in _shapes(description)}
     energies: dict[str, tuple[float, float]] = {}
     with written_whole(directory) as temporary:
         write_safetensors(temporary / WEIGHTS, layout, _tensors(description, load, dtype, energies), {"format": "pt"})
@@ -125,12 +125,15 @@ def _verified(directory: Path, description: AdapterDescription) -> AdapterSummar
             f"{directory / PEFT_CONFIG}: {wrong[0]} is {peft.get(wrong[0])!r} "
             f"where {ABBA_CONFIG} means {expected_config.get(wrong[0])!r}"
         )
-    expected = _shapes(description)
-    zero = True
+    zero, expected = True, {}
     with opened(path) as file:
-        different = set(file.keys()) ^ expected.keys()
-        if different:
-            raise CheckpointError(f"{path}: {min(different)} is missing or does not belong there")
+        held = set(file.keys())
+        for key, shape in _shapes(description):
+            if key not in held:  # at the first one: a configuration can name far more than a file holds
+                raise CheckpointError(f"{path}: {key} is missing")
+            expected[key] = shape
+        if held - expected.keys():
+            raise CheckpointError(f"{path}: {min(held - expected.keys())} does not belong there")
         for key, shape in expected.items():
             tensor = file.get_tensor(key)
             if tuple(tensor.shape) != shape:
@@ -164,7 +167,7 @@ def _factors(directory: Path, description: AdapterDescription) -> dict[str, Fact
         )
     _verified(directory, description)
     with opened(directory / WEIGHTS) as file:
-        read = {key: file.get_tensor(key) for key in _shapes(description)}
+        read = {key: file.get_tensor(key) for key, _ in _shapes(description)}
     return {name: export.factors_from_loha(read, name, description.config) for name in description.modules}
 
 
@@ -222,10 +225,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> AdapterDescr
     return description
 
 
-def _shapes(description: AdapterDescription) -> dict[str, tuple[int, ...]]:
-    return {
-        key: shape for name in description.modules for key, shape in export.tensor_shapes(description, name).items()
-    }
+def _shapes(description: AdapterDescription) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name in description.modules:
+        yield from export.tensor_shapes(description, name).items()
 
 
 def _tensors(

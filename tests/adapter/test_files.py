@@ -126,7 +126,7 @@ KEY = "base_model.model.model.layers.1.mlp.down_proj.hada_w2_b"
         (lambda d: damage_tensor(d, lambda t: t.pop(KEY)), "down_proj.hada_w2_b is missing"),
         (lambda d: damage_tensor(d, lambda t: t.update({KEY: t[KEY][:, :3].clone()})), "(4, 3), its module needs"),
         (lambda d: damage_tensor(d, lambda t: t[KEY].mul_(float("inf"))), "NaN or infinity"),
-        (lambda d: damage_tensor(d, lambda t: t.update(extra=t[KEY].clone())), "extra is missing or does not belong"),
+        (lambda d: damage_tensor(d, lambda t: t.update(extra=t[KEY].clone())), "extra does not belong there"),
         (lambda d: damage_json(d, files.PEFT_CONFIG, alpha=1.0), "alpha is 1.0 where abba_config.json means"),
         (lambda d: damage_json(d, files.ABBA_CONFIG, format_version=9), "version 9"),
         (lambda d: damage_json(d, files.ABBA_CONFIG, config={}, modules=3), "does not describe an adapter"),

@@ -1,6 +1,5 @@
 """Answer extraction against hand-checked cases."""
 
-import time
 from fractions import Fraction
 
 import pytest
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 
 from abba.text.answers import extract_answer, parse_number
 from abba.text.graders import GRADERS
+from tests.quick import assert_quick
 
 EXTRACTED = [
     ("5 + 7 = <<5+7=12>>12\n#### 12", "12"),
@@ -69,8 +69,9 @@ ABSURD += ["$" * 5000, "$$ " * 1000, "\\(" * 1000, "\\boxed{" * 1000, "answer is
 @pytest.mark.parametrize("text", ABSURD)
 @pytest.mark.parametrize("task", ["gsm8k", "math", "boolq", "ARC-Easy"])
 def test_absurd_texts_take_no_time_and_do_not_fail(task, text):
-    started = time.process_time()
-    extracted = GRADERS[task].extract(text)
-    if task == "gsm8k":
-        assert not any(GRADERS[task].same(answer, "5") for answer in extracted if answer is not None)
-    assert time.process_time() - started < 1
+    def grade() -> None:
+        extracted = GRADERS[task].extract(text)
+        if task == "gsm8k":
+            assert not any(GRADERS[task].same(answer, "5") for answer in extracted if answer is not None)
+
+    assert_quick(grade)

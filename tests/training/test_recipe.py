@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from abba.errors import RecipeError
 from abba.training.recipe import Recipe, load_recipe
+from tests.quick import assert_quick
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 GOOD = """
@@ -237,9 +238,8 @@ def test_edited_recipes_load_or_are_refused_quickly_and_in_little_memory(tmp_pat
 
 @pytest.mark.parametrize("text", ["#" * 10**6, "a: " + "[" * 10**6, "x" * 10**6, "a: 1\n" * 200_000, "- " * 500_000])
 def test_recipes_of_a_megabyte_are_refused_at_once(tmp_path, text):
-    started = time.process_time()
     assert "longer than 20000 bytes" in message(tmp_path, text)
-    assert time.process_time() - started < 0.2
+    assert_quick(lambda: message(tmp_path, text), 0.2)
 
 
 def every_key(model=Recipe, prefix=""):
@@ -288,10 +288,10 @@ def test_mutated_recipes_load_or_are_refused_quickly(tmp_path, data):
         place = data.draw(st.integers(0, len(text)))
         cut = data.draw(st.integers(0, 6))
         text = text[:place] + data.draw(st.text(max_size=8)) + text[place + cut :]
-    started = time.monotonic()
+    started = time.process_time()
     try:
         (tmp_path / "mine.yaml").write_text(text, errors="surrogatepass")
         load_recipe("mine", [], tmp_path)
     except (RecipeError, UnicodeEncodeError):
         pass
-    assert time.monotonic() - started < 1.0
+    assert time.process_time() - started < 1

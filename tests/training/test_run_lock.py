@@ -74,7 +74,7 @@ def test_another_machine_is_watched_for_a_sign_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 0.5)
     started = time.monotonic()
     with RunLock(path, None, said.append):
-        assert 1 < time.monotonic() - started < 8
+        assert 1 < time.monotonic() - started < 60
     assert any("its last sign of life is" in line for line in said)
 
 
