@@ -17,7 +17,7 @@ from measure import RESULTS, device, in_turns, peak_bytes, ratio, saved_bytes, w
 from methods import METHODS, adapt
 from torch import nn
 
-from abba.base_model import DTYPES
+from abba.base_model import DTYPES, choose_dtype
 
 
 def layer(method: str, out_features: int, in_features: int, dtype: torch.dtype, rank: int) -> nn.Module:
@@ -76,14 +76,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096"], metavar="OUTxIN")
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="bfloat16, if it is fast here, and float32")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16, 32], help="r1 = r2 of ours")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repetitions", type=int, default=4)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="layer")
     arguments = parser.parse_args()
-    rows = []
+    rows, (fast, why) = [], choose_dtype("auto")
+    if why and not arguments.dtypes:
+        print(f"dtypes: {why}; --dtypes bfloat16 float32 measures both", flush=True)
+    arguments.dtypes = arguments.dtypes or list(dict.fromkeys([fast, "float32"]))
     for text in arguments.shapes:
         out_features, in_features = map(int, text.split("x"))
         for dtype in arguments.dtypes:

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.initialization import no_init_weights
 
 from abba.adapter.config import SEVEN_LINEARS
-from abba.base_model import DTYPES
+from abba.base_model import DTYPE_CHOICES, DTYPES, choose_dtype
 from abba.training.model import enable_checkpointing
 
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto")
     modes = ("none", "selective", "non_reentrant", "reentrant")
     parser.add_argument("--modes", nargs="+", choices=modes, default=["none", "selective", "reentrant"])
     parser.add_argument("--methods", nargs="+", choices=STEP_METHODS, default=["lora", "loha", "abba"])
@@ -133,6 +133,9 @@ def main() -> None:
     parser.add_argument("--name", default="step")
     arguments = parser.parse_args()
     shape = narrowed(LLAMA_8B, arguments.width)
+    dtype, note = choose_dtype(arguments.dtype)
+    if note:
+        print(f"dtype: {note}", flush=True)
     rows = []
     for mode in arguments.modes:
         rows += compare(
@@ -141,7 +144,7 @@ def main() -> None:
             arguments.layers,
             arguments.batch,
             arguments.tokens,
-            arguments.dtype,
+            dtype,
             arguments.repetitions,
             shape,
         )

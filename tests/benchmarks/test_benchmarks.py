@@ -11,6 +11,7 @@ from tests.faults.harness import beyond_ci
 
 PARTS = ("step", "profile", "memory", "layer", "targets")
 LAYER = ["--shapes", "96x64", "--tokens", "16", "--ranks", "2", "4", "--repetitions", "2"]
+DTYPES = ["--dtypes", "bfloat16", "float32"]
 STEP = [
     "--width",
     "64",
@@ -44,7 +45,7 @@ def run(tmp_path, program, arguments):
 
 
 def test_layer(tmp_path):
-    rows = run(tmp_path, "layer", LAYER)
+    rows = run(tmp_path, "layer", [*LAYER, *DTYPES])
     of = {(row["dtype"], row["method"]): row for row in rows}
     assert {dtype for dtype, _ in of} == {"bfloat16", "float32"}
     methods = ["frozen", "lora", "dora", "hira", "loha", "textbook", "abba 16x16", "abba 2x2", "abba 4x4"]
