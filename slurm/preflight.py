@@ -98,13 +98,13 @@ def refuse_gpus(found_gib: list[float], wanted: int, memory_gib: float) -> None:
 def check_recipe(name: str, overrides: list[str], number: int) -> None:
     from abba.base_model import find_base
     from abba.errors import AbbaError
-    from abba.sharded.engine import checked_zero
+    from abba.sharded.engine import checked_section
     from abba.training.recipe import load_recipe
     from abba.training.resume import refuse_no_start
 
     try:
         recipe = load_recipe(name, overrides, RECIPES)
-        checked_zero(recipe.deepspeed.get("zero_optimization", {}))
+        checked_section(recipe.deepspeed)
         checkpoints = Path(recipe.output_dir) / "checkpoints"
         refuse_no_start(recipe.adapter.init_from, recipe.checkpoint.resume, checkpoints)
     except AbbaError as error:  # the same on every node: the first one says it

@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime import compiler
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.utils import (
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from abba.checkpoint.format import MASTER, MOMENTS
 from abba.checkpoint.slices import slice_bounds
 from abba.errors import RecipeError, first_line
+from abba.sharded.owned_keys import SWITCHES
 from abba.sharded.ranks import Ranks, refuse_hierarchy
 
 
@@ -54,34 +57,52 @@ def engine_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at each micro-batch; the loop has its own
     }
     zero = {**config["zero_optimization"], **extra.get("zero_optimization", {})}
     config = {**config, **extra, "zero_optimization": zero}
-    refuse_hierarchy(checked_zero(zero).zero_hpz_partition_size, ranks)
+    refuse_hierarchy(checked_section(extra).zero_hpz_partition_size, ranks)
     return config
 
 
-def checked_zero(section: Mapping[str, Any]) -> DeepSpeedZeroConfig:
-    """`deepspeed.zero_optimization` as DeepSpeed understands it.
+def checked_section(extra: Mapping[str, Any]) -> DeepSpeedZeroConfig:
+    """The recipe's `deepspeed:` section, every key of it known to DeepSpeed; gives its zero_optimization.
 
     Raises:
-        RecipeError: it does not know a key, or not this value of it.
+        RecipeError: DeepSpeed does not know a key, or not this value of it.
     """
-    try:
-        checked = DeepSpeedZeroConfig(**{"stage": 3, **section})
-    except ValidationError as error:
-        mistake = error.errors()[0]
-        where = ".".join(["deepspeed.zero_optimization", *map(str, mistake["loc"])])
-        reason = f"{mistake['input']!r}: {mistake['msg']}"
-        if mistake["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where.rpartition(".")[2], _zero_keys(), n=1)
-            reason = "; ".join(["DeepSpeed knows no such key", *(f"did you mean {key}?" for key in near)])
-        raise RecipeError(f"{where}: {first_line(reason)}") from None
-    except (TypeError, ValueError, AssertionError) as error:
-        raise RecipeError(f"deepspeed.zero_optimization: {first_line(error)}") from None
+    for key, value in extra.items():
+        if key in SWITCHES and not isinstance(value, int):
+            raise RecipeError(f"deepspeed.{key}: {value!r} is no whole number, true or false")
+        if key not in SWITCHES and not isinstance(value, Mapping):
+            raise RecipeError(
+                f"deepspeed.{key}: {value!r} is no section; write {{enabled: true}} and what else it needs"
+            )
+        if key != "zero_optimization":
+            with _in_one_line(f"deepspeed.{key}"):
+                DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, key: value})
+    with _in_one_line("deepspeed.zero_optimization"):
+        checked = DeepSpeedZeroConfig(**{"stage": 3, **extra.get("zero_optimization", {})})
     if checked.offload_param is not None and checked.offload_param.device == OffloadDeviceEnum.nvme:
         raise RecipeError("deepspeed.zero_optimization.offload_param.device: nvme is not supported; write cpu")
     return checked
+
+
+@contextmanager
+def _in_one_line(section: str) -> Iterator[None]:
+    """A mistake that DeepSpeed finds, as a RecipeError."""
+    try:
+        yield
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        parts = [str(part) for part in mistake["loc"] if f"deepspeed.{part}" != section]
+        reason = f"{mistake['input']!r}: {mistake['msg']}"
+        if mistake["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(parts[-1], _zero_keys() if "zero" in section else [], n=1)
+            reason = "; ".join(["DeepSpeed knows no such key", *(f"did you mean {key}?" for key in near)])
+        raise RecipeError(f"{'.'.join([section, *parts])}: {first_line(reason)}") from None
+    except (TypeError, ValueError, AssertionError, AttributeError, KeyError) as error:
+        raise RecipeError(f"{section}: {first_line(error)}") from None
 
 
 def _zero_keys() -> list[str]:

@@ -2,7 +2,6 @@
 
 # What else a `deepspeed:` section may hold at its top. DeepSpeed itself ignores a name it does not know.
 FREE_KEYS = (
-    "aio",
     "comms_logger",
     "csv_monitor",
     "dump_state",
@@ -15,6 +14,8 @@ FREE_KEYS = (
     "wandb",
     "zero_optimization",
 )
+# The others are sections.
+SWITCHES = ("dump_state", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")
 # Keys of a DeepSpeed configuration that follow from the recipe; `deepspeed:` may not set them a second time.
 OWNED_KEYS = {
     "train_batch_size": "set train.global_batch_size",

@@ -8,6 +8,8 @@ Shapes: H heads, T tokens of the line, t of a row, K per head.
 """
 
 import math
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,21 @@ def keep_rows_apart(model: PreTrainedModel) -> None:
         )
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(BY_ROW)
+
+
+def borders_of(attention: str, input_ids_LT: Tensor, row_lengths: tuple[int, ...]) -> dict[str, Any]:
+    """What this implementation of attention has to be told of the rows on a line, as arguments of the decoder.
+
+    transformers would find the borders for flash attention in the positions, in each layer anew, and the host would
+    wait for the GPU each time.
+    """
+    if attention == BY_ROW:
+        return {"row_lengths": row_lengths}
+    if not attention.startswith("flash") or len(input_ids_LT) > 1:
+        return {}
+    ends = torch.tensor([0, *accumulate(row_lengths)], dtype=torch.int32).to(input_ids_LT.device, non_blocking=True)
+    longest = max(row_lengths)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def sdpa_by_row(

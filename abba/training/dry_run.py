@@ -20,7 +20,7 @@ from abba.base_model import (
     load_config,
     load_tokenizer,
 )
-from abba.sharded.engine import checked_zero
+from abba.sharded.engine import checked_section
 from abba.training.attention import line_tokens
 from abba.training.data_report import data_report
 from abba.training.mixture import Mixture
@@ -45,7 +45,7 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
         AbbaError: whatever is wrong with recipe, base or data that can be seen without the weights.
     """
     settings = recipe.train
-    checked_zero(recipe.deepspeed.get("zero_optimization", {}))
+    checked_section(recipe.deepspeed)
     refuse_no_start(recipe.adapter.init_from, recipe.checkpoint.resume, RunDirectory(recipe.output_dir).checkpoints)
     print(f"# resolved recipe\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False)}")
     micro = settings.per_device_train_batch_size

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from abba.training.attention import BY_ROW
+from abba.training.attention import borders_of
 
 CHUNK = 512  # supervised tokens: with 128,256 words their fp32 logits take 263 MB
 
@@ -112,7 +112,7 @@ def _fused(model: PreTrainedModel, head: LossHead) -> Callable[..., Tensor]:
     def forward(
         input_ids: Tensor, position_ids: Tensor, predictors: Tensor, targets: Tensor, row_lengths: tuple[int, ...]
     ) -> Tensor:
-        borders = {"row_lengths": row_lengths} if model.config._attn_implementation == BY_ROW else {}
+        borders = borders_of(model.config._attn_implementation, input_ids, row_lengths)
         hidden_LTD = decoder(input_ids, position_ids=position_ids, use_cache=False, **borders).last_hidden_state
         return head(hidden_LTD.flatten(0, 1).index_select(0, predictors), targets, cap)
 

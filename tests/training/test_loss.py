@@ -6,12 +6,13 @@ import types
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
 
 import abba.training.loss
 from abba.adapter.config import AdapterConfig
 from abba.adapter.inject import inject
 from abba.errors import RecipeError
-from abba.training.attention import BY_ROW, keep_rows_apart, line_tokens
+from abba.training.attention import BY_ROW, keep_rows_apart, line_tokens, sdpa_by_row
 from abba.training.batches import collate, lines_of
 from abba.training.loss import FrozenHeadLoss, return_losses, token_loss_sum
 from abba.training.model import enable_checkpointing
@@ -152,6 +153,29 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(family, attention
         assert float(loss) == pytest.approx(float(alone), rel=2e-6)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, apart[name], rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_flash_attention_is_told_where_rows_end(monkeypatch):
+    """The kernel needs a GPU; in its place each row is computed alone, between the borders that it is given."""
+
+    def kernel(module, query_1HTK, key_1HTK, value_1HTK, attention_mask, **named):
+        assert attention_mask is None and named["cu_seq_lens_q"].dtype == torch.int32
+        assert named["cu_seq_lens_q"] is named["cu_seq_lens_k"]
+        lengths = named.pop("cu_seq_lens_q").diff().tolist()
+        assert named.pop("max_length_q") == named.pop("max_length_k") == max(lengths)
+        del named["cu_seq_lens_k"]
+        return sdpa_by_row(module, query_1HTK, key_1HTK, value_1HTK, None, row_lengths=tuple(lengths), **named)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", kernel)
+    model, data = adapted("llama"), Rows()
+    return_losses(model)
+    alone, _ = loss_and_gradients(model, batch_of(data, [[row] for row in range(5)]))
+    model.config._attn_implementation = "flash_attention_2"
+    for rows in ([0, 1, 2, 3, 4], [3]):
+        batch = batch_of(data, [rows])
+        assert float(loss_and_gradients(model, batch)[0]) > 0
+    one_line, _ = loss_and_gradients(model, batch_of(data, [[0, 1, 2, 3, 4]]))
+    assert float(one_line) == pytest.approx(float(alone), rel=2e-6)
 
 
 @pytest.mark.parametrize(("family", "attention"), ATTENTION + MORE)

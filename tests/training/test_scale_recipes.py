@@ -68,6 +68,11 @@ def test_other_numbers_of_gpus_are_refused(name, world, overrides):
             "offload_param.device: nvme is not supported; write cpu",
         ),
         ("deepspeed.zero_optimization.offload_param.device=disk", "offload_param.device: 'disk'"),
+        ("deepspeed.tensorboard=true", "deepspeed.tensorboard: True is no section; write {enabled: true}"),
+        ("deepspeed.tensorboard.paths=runs/tb", "deepspeed.tensorboard.paths: DeepSpeed knows no such key"),
+        ("deepspeed.comms_logger.enabled=perhaps", "comms_logger.enabled: 'perhaps': Input should be a valid"),
+        ("deepspeed.timers={throughput: true}", "deepspeed.timers: "),
+        ("deepspeed.steps_per_print=often", "deepspeed.steps_per_print: 'often' is no whole number"),
     ],
 )
 def test_a_layout_that_does_not_suit_is_one_line(override, said):
