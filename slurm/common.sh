@@ -36,7 +36,7 @@ settings() {
     # The checked-out abba is the one that runs, whether it is installed or not.
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     # The network. On a node with several interfaces: NCCL_SOCKET_IFNAME=ib0 sbatch ...; more words: NCCL_DEBUG=INFO.
-    export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     # Where the ranks meet: a new port at each restart, because the old one may still be closing.
     MASTER_ADDR=${ABBA_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     MASTER_PORT=${ABBA_MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000))}

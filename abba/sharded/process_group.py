@@ -7,6 +7,7 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from deepspeed.accelerator import get_accelerator
 
 from abba.errors import RankLostError, first_line
@@ -20,7 +21,8 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
         timeout_seconds: how long a collective waits for a rank that hangs.
 
     Raises:
-        RankLostError: the group has another size than the launcher promised, or its address is unknown.
+        RankLostError: the group has another size than the launcher promised, its address is unknown, or this node of
+            several has lost its GPUs.
     """
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -34,6 +36,8 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
             raise RankLostError(f"{name} is not set for {ranks.world_size} ranks under {ranks.launcher}; export it")
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu:
+        _refuse_lost_gpus(ranks)
     index = ranks.local_rank if on_cpu else _device_index(ranks.local_rank, accelerator.device_count())
     # DeepSpeed takes LOCAL_RANK for the number of the GPU, and with mpirun wants its variable to agree.
     variables = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": index}
@@ -51,10 +55,7 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
         timeout = timedelta(seconds=timeout_seconds)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except RuntimeError as error:
-        raise RankLostError(
-            f"rank {ranks.rank} cannot meet the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-            f"{first_line(error)}; if another job holds the port, choose one with --master_port"
-        ) from None
+        raise RankLostError(_not_met(ranks.rank, error)) from None
     if dist.get_world_size() != ranks.world_size or dist.get_rank() != ranks.rank:
         raise RankLostError(
             f"joined as rank {dist.get_rank()} of {dist.get_world_size()} where {ranks.launcher} promised "
@@ -63,6 +64,31 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
     if on_cpu:
         return torch.device("cpu")
     return torch.device(accelerator.device_name(_device_index(ranks.local_rank, accelerator.device_count())))
+
+
+def give_timeout(timeout_seconds: int) -> None:
+    """To every group: DeepSpeed makes some with torch's default, 10 minutes on GPUs, whatever a run has asked for."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+def _refuse_lost_gpus(ranks: Ranks) -> None:
+    """A node whose driver is broken would wait with gloo for others that wait with nccl."""
+    several_nodes = ranks.local_world_size < ranks.world_size
+    if several_nodes and torch.version.cuda is not None and "DS_ACCELERATOR" not in os.environ:
+        raise RankLostError(
+            f"rank {ranks.rank} sees no GPU on {socket.gethostname()}, one of several nodes, with a torch for CUDA "
+            f"{torch.version.cuda}; see nvidia-smi there, or set DS_ACCELERATOR=cpu on all nodes to train without GPUs"
+        )
+
+
+def _not_met(rank: int, error: RuntimeError) -> str:
+    who = f"rank {rank} on {socket.gethostname()} cannot meet the others at "
+    who += f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+    if isinstance(error, dist.DistBackendError):  # nccl's: what is wrong stands on its later lines
+        said = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        return f"{who}{said}; NCCL_DEBUG=INFO says more, NCCL_SOCKET_IFNAME names the network interface"
+    return f"{who}{first_line(error)}; if another job holds the port, choose one with --master_port"
 
 
 def _device_index(local_rank: int, visible: int) -> int:

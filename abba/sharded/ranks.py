@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from abba.errors import RankLostError, RecipeError
 
@@ -97,15 +98,20 @@ def go_alone(ranks: Ranks) -> None:
     if ranks.world_size == 1:
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(rank) for rank in range(ranks.local_world_size)]
-    if len(gpus) > 1:  # a launcher may have given each rank its own already
+    count = _nvidia_gpus() or ranks.local_world_size  # of another make they are not counted
+    gpus = [str(index) for index in range(count)] if visible is None else visible.split(",")
+    if visible is None or len(gpus) > 1:  # a launcher may have given each rank its own already; "" hides them all
         if ranks.local_rank >= len(gpus):
-            raise RankLostError(
-                f"{ranks.local_world_size} ranks on a node with CUDA_VISIBLE_DEVICES={visible}; start one for each GPU"
-            )
+            where = f"{count} GPUs" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
+            raise RankLostError(f"{ranks.local_world_size} ranks on a node with {where}; start one for each GPU")
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[ranks.local_rank]
     for name in {name for names in LAUNCHERS.values() for name in names} | {"MASTER_ADDR", "MASTER_PORT"}:
         os.environ.pop(name, None)
+
+
+def _nvidia_gpus() -> int:
+    """Of this node, counted without CUDA."""
+    return sum(path.name[len("nvidia") :].isdecimal() for path in Path("/dev").glob("nvidia*"))
 
 
 def _of_this_node(counts: str) -> int:

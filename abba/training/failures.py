@@ -6,6 +6,7 @@ get there ("connection closed") is not the one that a user needs.
 
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -142,13 +143,17 @@ def breaks_connection(error: BaseException) -> bool:
 
 def exit_code_of(error: BaseException, world: World) -> int:
     """What a rank ends with that has failed and is told to end before it knows, or may say, why."""
-    if world.world_size > 1 and breaks_connection(error):
+    if (world.world_size > 1 and breaks_connection(error)) or _is_of_the_gpu(error):
         return RankLostError.exit_code
     return RecipeError.exit_code if _is_out_of_memory(error) else getattr(error, "exit_code", 1)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
+
+
+def _is_of_the_gpu(error: BaseException) -> bool:
+    return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
 def fail(error: BaseException, world: World) -> None:
@@ -170,6 +175,11 @@ def fail(error: BaseException, world: World) -> None:
         cause = world.cause_of(error)
         code = cause.exit_code if cause.exit_code > 1 else RankLostError.exit_code
         line, failure = str(RankLostError(cause.what)), Failure(rank, cause.what, code, cause.rank != rank)
+    elif _is_of_the_gpu(error):
+        trace = "".join(traceback.format_exception(error))  # it may be an index of ours out of range
+        what = f"the GPU of rank {rank} on {socket.gethostname()} failed {world.at()}: {first_line(error)}"
+        line = str(RankLostError(f"{what}; see nvidia-smi and dmesg there before the node is used again"))
+        failure = Failure(rank, what, RankLostError.exit_code)
     else:
         trace = "".join(traceback.format_exception(error))
         line = f"rank {rank} failed {world.at()}: {type(error).__name__}: {first_line(error)}"

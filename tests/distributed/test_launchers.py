@@ -1,9 +1,11 @@
 """Who a process is, as each launcher's variables say it."""
 
 import os
+import socket
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from abba.errors import RankLostError
 from abba.sharded import process_group
@@ -102,3 +104,42 @@ def test_deepspeed_is_told_the_number_of_the_gpu_and_not_of_the_rank(monkeypatch
 def test_more_ranks_than_gpus_are_refused():
     with pytest.raises(RankLostError, match="rank 4 of this node has no GPU: 4 are visible; start as many ranks"):
         _device_index(4, 4)
+
+
+def test_a_node_without_gpus_among_several_is_refused_before_it_waits_with_gloo(monkeypatch):
+    monkeypatch.setattr(process_group.torch.version, "cuda", "12.8")
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, value)
+    process_group._refuse_lost_gpus(Ranks(9, 16, 1, 8, "srun"))
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with pytest.raises(
+        RankLostError, match=r"rank 9 sees no GPU on .*, one of several nodes, with a torch for CUDA 12.8"
+    ):
+        process_group.start_process_group(Ranks(9, 16, 1, 8, "srun"))
+    process_group._refuse_lost_gpus(Ranks(1, 8, 1, 8, "torchrun"))  # a machine alone may train without
+
+
+def test_what_nccl_says_is_told_whole(monkeypatch):
+    def fails(*_, **__):
+        raise torch.distributed.DistBackendError("NCCL error in: a.cpp:1\nLast error:\nCall to ibv_reg_mr failed\n")
+
+    monkeypatch.setattr(process_group.deepspeed, "init_distributed", fails)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(RankLostError) as error:
+        process_group.start_process_group(Ranks(1, 2, 1, 2, "torchrun"))
+    assert "NCCL error in: a.cpp:1; Last error:; Call to ibv_reg_mr failed; NCCL_DEBUG=INFO" in str(error.value)
+    assert "--master_port" not in str(error.value) and socket.gethostname() in str(error.value)
+
+
+def test_every_group_has_the_timeout_of_the_run(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
+    )
+    try:
+        made = torch.distributed.new_group([0])
+        process_group.give_timeout(4321)
+        for group in (made, torch.distributed.group.WORLD):
+            assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 4321
+    finally:
+        torch.distributed.destroy_process_group()

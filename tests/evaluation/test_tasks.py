@@ -5,6 +5,7 @@ import os
 import pytest
 
 import abba.evaluation.tasks
+import abba.sharded.ranks
 from abba.errors import RankLostError
 from abba.evaluation.tasks import Question, load_questions
 from abba.sharded.ranks import Ranks, go_alone
@@ -34,7 +35,7 @@ def test_a_hub_dataset_is_scored_on_its_test_split(monkeypatch, path, expected):
 
 @pytest.mark.parametrize(
     "visible, local_rank, own",
-    [(None, 1, "1"), ("4,5", 0, "4"), ("4,5", 1, "5"), ("7", 1, "7"), ("", 1, "1")],
+    [(None, 1, "1"), ("4,5", 0, "4"), ("4,5", 1, "5"), ("7", 1, "7"), ("", 1, "")],
 )
 def test_each_of_several_ranks_sees_one_gpu_and_no_other_rank(monkeypatch, visible, local_rank, own):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
@@ -53,3 +54,8 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(RankLostError, match="4 ranks on a node with CUDA_VISIBLE_DEVICES=0,1; start one for each GPU"):
         go_alone(Ranks(3, 4, 3, 4))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(abba.sharded.ranks, "_nvidia_gpus", lambda: 1)
+    with pytest.raises(RankLostError, match="2 ranks on a node with 1 GPUs; start one for each GPU"):
+        go_alone(Ranks(1, 2, 1, 2))
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
