@@ -53,7 +53,14 @@ def run(
     from abba.training.finish import finish
     from abba.training.loop import Stream
     from abba.training.prepare import accumulation_steps, plan_batches, prepare, refuse_unlike
-    from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end, refuse_no_start
+    from abba.training.resume import (
+        find_resume_point,
+        fingerprint,
+        owes_held_out_loss,
+        refuse_changes,
+        refuse_foreign_end,
+        refuse_no_start,
+    )
 
     startup.done("imports")
     chosen, note = choose_dtype(recipe.model.dtype)
@@ -89,13 +96,16 @@ def run(
     resumed = find_resume_point(resume, wanted.strict, directory.checkpoints, ranks, device, say)
     attention, _ = choose_attention(load_config(base), recipe.model.attn_implementation, device.type, dtype)
     identity = fingerprint(recipe.model_dump(mode="json"), data.sha256, base, attention)
+    owed = False
     if resumed is not None:
         refuse_changes(resumed, identity, wanted.allow_changed, steps, say)
+        owed = bool(eval_rows) and owes_held_out_loss(resumed, settings.eval_steps, steps, directory, ranks, device)
     startup.done("resume")
 
-    if resumed is None or resumed.state.step < steps:
+    if resumed is None or resumed.state.step < steps or owed:
         stream = Stream(data, plan, padding, ranks, device)
-        fit(recipe, directory, base, config, stream, eval_rows, steps, identity, resumed, world, watch, startup, say)
+        told = (identity, resumed, owed, world, watch, startup, say)
+        fit(recipe, directory, base, config, stream, eval_rows, steps, *told)
         last = step_directory(directory.checkpoints, steps)
     else:
         say(f"all {steps:,} steps are done; nothing is left to train")
@@ -125,12 +135,13 @@ def fit(
     steps: int,
     identity: dict,
     resumed: "ResumePoint | None",
+    owed: bool,
     world: World,
     watch: Watch,
     startup: Startup,
     say: Say,
 ) -> None:
-    """Train from step 0 or from `resumed` to `steps`; what it leaves is the checkpoints. `config` is DeepSpeed's."""
+    """Train from step 0 or from `resumed`, which may be `owed` its held-out loss; what it leaves is the checkpoints."""
     from abba.sharded.checkpoint import save_checkpoint
     from abba.sharded.engine import release
     from abba.training.finish import checkpoint_state
@@ -151,7 +162,7 @@ def fit(
         directory.refuse_too_small(report.trainable_parameters, saves, recipe.checkpoint.save_total_limit)
     state = checkpoint_state(recipe, report.shapes, identity)
     keep = recipe.checkpoint.save_total_limit
-    held_out = partial(held_out_loss, engine, stream, eval_rows, settings.per_device_eval_batch_size)
+    held_out = partial(held_out_loss, engine, stream, eval_rows, settings.per_device_eval_batch_size, watch)
     if resumed is not None:
         continue_random_streams(resumed, settings.seed, ranks, device, say)
     with (
@@ -171,6 +182,7 @@ def fit(
             save_steps=recipe.checkpoint.save_steps,
             evaluate=held_out if eval_rows else None,
             eval_steps=settings.eval_steps,
+            owed=owed,
         )
     release(engine)  # a score needs the memory
 
@@ -194,6 +206,7 @@ def build(
 
     from abba.base_model import DTYPES
     from abba.sharded.engine import start_engine
+    from abba.sharded.process_group import give_timeout
     from abba.training.attention import keep_rows_apart, line_tokens
     from abba.training.loop import assert_delta_is_zero
     from abba.training.loss import return_losses
@@ -229,6 +242,7 @@ def build(
         enable_checkpointing(model, settings.gradient_checkpointing)
         say(f"loss: {return_losses(model)}")
         engine = start_engine(model, config, settings.adam(), read, first)
+    give_timeout(settings.ddp_timeout)
     del read  # full fp32 copies; the engine holds its slices
     startup.done("engine")
     if resumed is None and init_from is None:
@@ -257,6 +271,9 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="show what would run; needs no GPU and writes nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     arguments = parser.parse_intermixed_args()
+    # Before torch: micro-batches differ in length, and blocks that cannot grow leave gaps between them.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     startup, world, watch = Startup(), World(), None
     try:
         ranks = ranks_from_environment()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,8 +54,9 @@ def train(
     watch: Watch,
     save: Callable[[int], dict[str, float]],
     save_steps: int | None,
-    evaluate: Callable[[], float] | None,
+    evaluate: Callable[[], "HeldOut"] | None,
     eval_steps: int | None,
+    owed: bool,
 ) -> None:
     """Run optimizer steps first .. steps-1. Collective.
 
@@ -65,6 +66,7 @@ def train(
         watch: knows whether somebody has asked for a stop.
         save: writes a checkpoint after so many steps; returns what it took.
         evaluate: the held-out loss, or None without held-out rows.
+        owed: the one after `first` steps is missing, because the start before was stopped or killed meanwhile.
 
     Raises:
         NotFiniteError: a loss or gradient is NaN or infinite; on all ranks, before the update.
@@ -73,6 +75,8 @@ def train(
     """
     engine.train()
     failed_saves, clock, stragglers = 0, StepClock(engine, stream.device), Stragglers(host_names(stream.device))
+    if owed and (stop := _held_out(evaluate, first, reporter)):
+        raise _preempted(stop, first, steps)
     for step in range(first, steps):
         world.step = step + 1
         clock.start()
@@ -81,6 +85,7 @@ def train(
 
         rate = learning_rate(step)
         outcome = optimizer_step(engine, stream, step, batches, rate, clock, watch)
+        grad_norm = float(engine.get_global_grad_norm())  # waits for the device, so that the update is timed too
         step_seconds = clock.seconds()
 
         done, rows = step + 1, stream.plan.global_rows(step)
@@ -92,7 +97,7 @@ def train(
             "epoch": round(stream.plan.epoch_at(done), 6),
             "loss": outcome.loss,
             "learning_rate": rate,
-            "grad_norm": float(engine.get_global_grad_norm()),
+            "grad_norm": grad_norm,
             "tokens": tokens,
             "supervised_tokens": stream.data.supervised_tokens(rows),
             "tokens_per_second": tokens / step_seconds,
@@ -104,20 +109,38 @@ def train(
         reporter.step(record)
         if slow is not None:
             reporter.say(slow)
-        evaluating = evaluate is not None and (done == steps or (eval_steps and done % eval_steps == 0))
-        if evaluating and done < steps and not outcome.stop:  # before the save, or a kill between the two would skip it
-            reporter.evaluated(done, evaluate())
-        if done == steps or outcome.stop or (save_steps and done % save_steps == 0):
-            failed_saves = _save(save, done, failed_saves, reporter, last=done == steps, stop=bool(outcome.stop))
-        if evaluating and done == steps and not outcome.stop:  # after the save: it may be the only one
-            reporter.evaluated(done, evaluate())
-        if evaluating and outcome.stop:
-            reporter.say(f"step {done}: held-out loss left out, because the run is asked to stop")
-        if outcome.stop:
-            raise PreemptedError(
-                f"{outcome.stop} after step {done} of {steps}, which is saved; "
-                "start the same command again to continue (checkpoint.resume=never would start over)"
-            )
+        evaluating, stop = evaluate is not None and is_due(done, eval_steps, steps), outcome.stop
+        if evaluating and done < steps:
+            stop = _held_out(evaluate, done, reporter, stop)
+        if stop or is_due(done, save_steps, steps):
+            failed_saves = _save(save, done, failed_saves, reporter, last=done == steps, stop=bool(stop))
+        if evaluating and done == steps:  # after the save: it may be the only one
+            stop = _held_out(evaluate, done, reporter, stop)
+        if stop:
+            raise _preempted(stop, done, steps)
+
+
+def is_due(done: int, every: int | None, steps: int) -> bool:
+    """Whether something that is done `every` so many steps, and after the last one, is done after step `done`."""
+    return done == steps or bool(every and done % every == 0)
+
+
+def _held_out(evaluate: Callable[[], "HeldOut"], done: int, reporter: Reporter, stop: str | None = None) -> str | None:
+    """Report the held-out loss after `done` steps; gives who asks for a stop, before it or meanwhile."""
+    if stop is None:
+        loss, stop = evaluate()
+    if stop is None:
+        reporter.evaluated(done, loss)
+    else:
+        reporter.say(f"step {done}: held-out loss left to the next start, because the run is asked to stop")
+    return stop
+
+
+def _preempted(stop: str, done: int, steps: int) -> PreemptedError:
+    return PreemptedError(
+        f"{stop} after step {done} of {steps}, which is saved; "
+        "start the same command again to continue (checkpoint.resume=never would start over)"
+    )
 
 
 def _save(
@@ -197,13 +220,20 @@ def optimizer_step(
             "nothing was updated; look at these rows, or lower train.learning_rate"
         )
     return StepOutcome(
-        float(everyone[:, 0].sum()) / supervised, everyone[:, -len(RankTimes._fields) :], _stop(everyone)
+        float(everyone[:, 0].sum()) / supervised, everyone[:, -len(RankTimes._fields) :], _stop(everyone[:, 2])
     )
 
 
+class HeldOut(NamedTuple):
+    """Mean token loss over the held-out rows; without a meaning where somebody asked for a stop meanwhile."""
+
+    loss: float
+    stop: str | None
+
+
 @torch.no_grad()
-def held_out_loss(engine: Any, stream: Stream, rows: list[int], batch_size: int) -> float:
-    """Mean token loss over held-out rows, shared among the ranks. Collective."""
+def held_out_loss(engine: Any, stream: Stream, rows: list[int], batch_size: int, watch: Watch) -> HeldOut:
+    """The rows are shared among the ranks. Given up at the next batch when one of them is asked to stop. Collective."""
     groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     rounds = -(-len(groups) // stream.ranks.world_size)
     loss_sum = 0.0
@@ -213,7 +243,10 @@ def held_out_loss(engine: Any, stream: Stream, rows: list[int], batch_size: int)
             batch = stream.batch(groups[min(index, len(groups) - 1)])
             loss = float(engine(*batch.inputs))
             loss_sum += loss if index < len(groups) else 0.0
-    return float(_gather([loss_sum], stream.device).sum()) / stream.data.supervised_tokens(rows)
+            everyone = _gather([loss_sum, watch.requested], stream.device)
+            if stop := _stop(everyone[:, 1]):
+                return HeldOut(math.nan, stop)
+    return HeldOut(float(everyone[:, 0].sum()) / stream.data.supervised_tokens(rows), None)
 
 
 @torch.no_grad()
@@ -246,8 +279,9 @@ def _gather(values: list[float], device: torch.device) -> torch.Tensor:
     return torch.stack(gathered).cpu()
 
 
-def _stop(everyone: torch.Tensor) -> str | None:
-    asked = [(rank, int(number)) for rank, number in enumerate(everyone[:, 2]) if number]
+def _stop(requests: torch.Tensor) -> str | None:
+    """Who was asked to stop, and how, of the numbers that each rank's watch knows."""
+    asked = [(rank, int(number)) for rank, number in enumerate(requests) if number]
     return f"{why(asked[0][1])} (rank {asked[0][0]})" if asked else None
 
 

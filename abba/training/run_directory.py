@@ -125,6 +125,11 @@ class RunDirectory:
             else:
                 write_json(self._begun, {"job": job, "requeued": requeued})
 
+    def held_out_steps(self) -> set[int | None]:
+        """After which the metrics have a held-out loss."""
+        lines = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
+        return {_step_of(line) for line in lines if b'"eval_loss"' in line}
+
     def refuse_too_small(self, parameters: int, saves: int, keep: int) -> None:
         """Before the first step: raises CheckpointError when what the run will hold at once does not fit the disk.
 
@@ -205,12 +210,13 @@ class RunDirectory:
         if step == 0 or not self.metrics.is_file():
             self.metrics.unlink(missing_ok=True)
             return
-        lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        # Bytes: a flipped bit need not leave text.
+        lines = [line for line in self.metrics.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         kept = self.metrics.with_name(f".{self.metrics.name}")
         steps = [_step_of(line) for line in lines]
         if unreadable := steps.count(None):
             say(f"metrics.jsonl: WARNING: dropped {unreadable} damaged lines of an earlier start")
-        kept.write_text("".join(line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step))
+        kept.write_bytes(b"".join(line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step))
         kept.replace(self.metrics)
 
 
@@ -221,7 +227,7 @@ def _what_failed(path: Path) -> str:
         return f"{path} cannot be read"
 
 
-def _step_of(line: str) -> int | None:
+def _step_of(line: bytes) -> int | None:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

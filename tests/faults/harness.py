@@ -170,7 +170,8 @@ class Lab:
                     digest.update(reader.read(kind, name).numpy().tobytes())
         records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         losses = [(record["step"], record["loss"].hex()) for record in records if "loss" in record]
-        return Outcome(state.step, digest.hexdigest(), losses, self._rows(run))
+        held_out = [(record["step"], record["eval_loss"].hex()) for record in records if "eval_loss" in record]
+        return Outcome(state.step, digest.hexdigest(), losses, held_out, self._rows(run))
 
     def _rows(self, run: str) -> dict[int, list[list[int]]]:
         """Step -> its micro-batches in their global order, as it was last computed."""
@@ -188,9 +189,10 @@ class Lab:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What has to be equal for a run to count as the same: state, step, losses to the bit, rows in their order."""
+    """What has to be equal for a run to count as the same: step, state, losses to the bit, rows in their order."""
 
     step: int
     state: str
     losses: list[tuple[int, str]]
+    held_out: list[tuple[int, str]]
     rows: dict[int, list[list[int]]]

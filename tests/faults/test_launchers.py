@@ -75,7 +75,12 @@ def wait_for_end(pids):
 
 def check_same(outcome, expected):
     """The rows of steps under a real launcher are not recorded."""
-    assert (outcome.step, outcome.state, outcome.losses) == (expected.step, expected.state, expected.losses)
+    assert (outcome.step, outcome.state, outcome.losses, outcome.held_out) == (
+        expected.step,
+        expected.state,
+        expected.losses,
+        expected.held_out,
+    )
 
 
 CASES = some(list(KILLED), [("deepspeed", "launch.py")])

@@ -48,6 +48,16 @@ def test_a_signal_saves_once_and_the_run_goes_on_exactly(lab, reference, trial):
         assert lab.complete(name) == reference()
 
 
+@pytest.mark.parametrize("do, code", [("kill", 71), ("TERM", 75)])
+def test_the_last_held_out_loss_is_made_up_by_the_next_start(lab, reference, trial, do, code):
+    """All steps are done and saved: nothing else would start the model again."""
+    with trial("A5 killed or asked to stop during the last evaluation"):
+        finished, _ = lab.run(f"owed-{do}", 2, [{"rank": 1, "at": "eval", "nth": 2, "do": do}])
+        assert finished[0].returncode == code, finished[0].stderr
+        assert [step for step, _ in lab.outcome(f"owed-{do}").held_out] == [12]
+        assert lab.complete(f"owed-{do}") == reference()
+
+
 def test_a_second_signal_ends_at_once(lab, reference, trial):
     with trial("A5 second signal"):
         slow = [{"rank": 1, "at": "step 6", "do": "TERM"}, {"rank": 1, "at": "step 6", "do": "sleep 60"}]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -68,6 +69,7 @@ def test_silent_ranks_are_named_when_nobody_knows_the_cause(tmp_path, monkeypatc
         (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), 2, 71),
         (RuntimeError("[gloo/pair.cc] Connection closed by peer"), 1, 1),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, 64),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), 1, 71),
         (CheckpointError("damaged"), 2, 66),
         (ValueError("a bug"), 2, 1),
     ],
@@ -166,10 +168,12 @@ def test_damaged_lines_of_metrics_are_dropped_with_a_word(tmp_path):
     directory, said = RunDirectory(tmp_path / "run"), []
     (tmp_path / "run").mkdir()
     lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
-    directory.metrics.write_text("\n".join([*lines[:2], '{"step": 2, "lo', "[1]", *lines[2:], '{"step": 5']))
+    written = [line.encode() for line in [*lines[:2], '{"step": 2, "lo', "[1]", *lines[2:], '{"step": 5']]
+    flipped = bytes([written[0][0] ^ 128]) + written[0][1:]
+    directory.metrics.write_bytes(b"\n".join([flipped, *written]))
     directory.begin({}, 3, said.append)
     assert directory.metrics.read_text().splitlines() == lines[:3]
-    assert said == ["metrics.jsonl: WARNING: dropped 2 damaged lines of an earlier start"]
+    assert said == ["metrics.jsonl: WARNING: dropped 3 damaged lines of an earlier start"]
     directory.begin({}, 0, said.append)
     assert not directory.metrics.exists()
 
@@ -213,6 +217,14 @@ def test_a_gpu_without_memory_is_a_line_with_a_way_out(tmp_path, capfd):
     said = capfd.readouterr().err
     assert said.startswith("recipe: rank 0 ran out of GPU memory") and "Traceback" not in said
     assert "Tried to allocate 2.00 GiB; lower train.per_device_train_batch_size" in said
+
+
+def test_a_gpu_that_fails_is_named_with_its_node(tmp_path, capfd):
+    error = RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be reported later")
+    assert ended(lambda: failures.fail(error, world(0, tmp_path, size=1))) == 71
+    said = capfd.readouterr().err
+    assert f"the GPU of rank 0 on {socket.gethostname()} failed at step" in said
+    assert "uncorrectable ECC error encountered; see nvidia-smi" in said.splitlines()[-1]
 
 
 def test_starts_that_are_stopped_before_a_save_are_counted(tmp_path):
