@@ -171,13 +171,23 @@ def _has_fast_bfloat16() -> bool:
 
 
 def choose_attention(config: PretrainedConfig, wanted: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """(implementation, why) for `wanted`, which may be "auto"."""
+    """(implementation, why) for `wanted`, which may be "auto".
+
+    Raises:
+        RecipeError: `wanted` is sdpa, which would leave out the cap that this architecture puts on attention logits.
+    """
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if wanted == "sdpa" and cap:
+        raise RecipeError(
+            f"model.attn_implementation: sdpa cannot cap attention logits at {cap:g}, as {config.model_type} does; "
+            "write auto or eager"
+        )
     if wanted != "auto":
         return wanted, "the recipe says so"
     flash = importlib.util.find_spec("flash_attn") is not None
     if device_type == "cuda" and flash and dtype != torch.float32:
         return "flash_attention_2", "flash-attn is installed"
-    if getattr(config, "attn_logit_softcapping", None):
+    if cap:
         return "eager", "this architecture caps attention logits, which sdpa would leave out"
     return "sdpa", "there is no GPU" if device_type != "cuda" else "flash-attn is not installed or does not do fp32"
 

@@ -13,10 +13,14 @@ from abba.errors import AbbaError, CheckpointError, DataError, first_line
 from abba.storage import in_gb
 
 # Of a model what we read: its weights once, as safetensors (original/ and consolidated* are second copies), its
-# configuration and its tokenizer. With these patterns the library also knows whether a snapshot in the cache is whole.
+# configuration and its tokenizer; and what its licence asks to pass on with a merged model (COMPANIONS of
+# abba/adapter/model_files.py). With these patterns the library also knows whether a snapshot in the cache is whole.
 NEEDED = {
     "model": {
-        "allow_patterns": ["*.safetensors", "*.json", "*.txt", "tokenizer.model"],
+        "allow_patterns": [
+            *("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model", "spiece.model"),
+            *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+        ],
         "ignore_patterns": ["*/*", "consolidated*"],
     },
     "dataset": {},

@@ -50,17 +50,10 @@ def run(
     from abba.sharded.process_group import start_process_group
     from abba.sharded.together import share
     from abba.training.data_report import source_shares
-    from abba.training.finish import finish
+    from abba.training.finish import finish, owes_held_out_loss
     from abba.training.loop import Stream
     from abba.training.prepare import accumulation_steps, plan_batches, prepare, refuse_unlike
-    from abba.training.resume import (
-        find_resume_point,
-        fingerprint,
-        owes_held_out_loss,
-        refuse_changes,
-        refuse_foreign_end,
-        refuse_no_start,
-    )
+    from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end, refuse_no_start
 
     startup.done("imports")
     chosen, note = choose_dtype(recipe.model.dtype)
@@ -96,16 +89,15 @@ def run(
     resumed = find_resume_point(resume, wanted.strict, directory.checkpoints, ranks, device, say)
     attention, _ = choose_attention(load_config(base), recipe.model.attn_implementation, device.type, dtype)
     identity = fingerprint(recipe.model_dump(mode="json"), data.sha256, base, attention)
-    owed = False
     if resumed is not None:
         refuse_changes(resumed, identity, wanted.allow_changed, steps, say)
-        owed = bool(eval_rows) and owes_held_out_loss(resumed, settings.eval_steps, steps, directory, ranks, device)
+        if eval_rows and owes_held_out_loss(resumed, settings.eval_steps, steps, directory, ranks, device):
+            resumed = replace(resumed, owes_held_out=True)
     startup.done("resume")
 
-    if resumed is None or resumed.state.step < steps or owed:
+    if resumed is None or resumed.state.step < steps or resumed.owes_held_out:
         stream = Stream(data, plan, padding, ranks, device)
-        told = (identity, resumed, owed, world, watch, startup, say)
-        fit(recipe, directory, base, config, stream, eval_rows, steps, *told)
+        fit(recipe, directory, base, config, stream, eval_rows, steps, identity, resumed, world, watch, startup, say)
         last = step_directory(directory.checkpoints, steps)
     else:
         say(f"all {steps:,} steps are done; nothing is left to train")
@@ -135,13 +127,12 @@ def fit(
     steps: int,
     identity: dict,
     resumed: "ResumePoint | None",
-    owed: bool,
     world: World,
     watch: Watch,
     startup: Startup,
     say: Say,
 ) -> None:
-    """Train from step 0 or from `resumed`, which may be `owed` its held-out loss; what it leaves is the checkpoints."""
+    """Train from step 0 or from `resumed` to `steps`; what it leaves is the checkpoints. `config` is DeepSpeed's."""
     from abba.sharded.checkpoint import save_checkpoint
     from abba.sharded.engine import release
     from abba.training.finish import checkpoint_state
@@ -182,7 +173,7 @@ def fit(
             save_steps=recipe.checkpoint.save_steps,
             evaluate=held_out if eval_rows else None,
             eval_steps=settings.eval_steps,
-            owed=owed,
+            owed=resumed is not None and resumed.owes_held_out,
         )
     release(engine)  # a score needs the memory
 
@@ -206,7 +197,6 @@ def build(
 
     from abba.base_model import DTYPES
     from abba.sharded.engine import start_engine
-    from abba.sharded.process_group import give_timeout
     from abba.training.attention import keep_rows_apart, line_tokens
     from abba.training.loop import assert_delta_is_zero
     from abba.training.loss import return_losses
@@ -242,7 +232,6 @@ def build(
         enable_checkpointing(model, settings.gradient_checkpointing)
         say(f"loss: {return_losses(model)}")
         engine = start_engine(model, config, settings.adam(), read, first)
-    give_timeout(settings.ddp_timeout)
     del read  # full fp32 copies; the engine holds its slices
     startup.done("engine")
     if resumed is None and init_from is None:
@@ -271,9 +260,6 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="show what would run; needs no GPU and writes nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     arguments = parser.parse_intermixed_args()
-    # Before torch: micro-batches differ in length, and blocks that cannot grow leave gaps between them.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     startup, world, watch = Startup(), World(), None
     try:
         ranks = ranks_from_environment()

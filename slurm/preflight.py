@@ -4,11 +4,13 @@
     srun --ntasks-per-node=1 python slurm/preflight.py --recipe gsm8k --gpus 8
 
 Checked are the Python environment, the recipe's base model, the scratch directory, the GPUs, and that every node
-reaches the first one at MASTER_ADDR:MASTER_PORT. The first node prints what a batch script needs to know of the recipe,
-a value a line: output_dir, base model, its revision, dtype, and the task that its dataset has a test split of.
+reaches the first one at MASTER_ADDR:MASTER_PORT. A network that the ranks could not use to the full is a warning. The
+first node prints what a batch script needs to know of the recipe, a value a line: output_dir, base model, its revision,
+dtype, and the task that its dataset has a test split of.
 """
 
 import argparse
+import ctypes
 import os
 import shutil
 import socket
@@ -19,6 +21,8 @@ from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 ENVIRONMENT, STORAGE = 71, 66  # exit codes; those of recipe and base model are their own
+INFINIBAND = Path("/dev/infiniband")  # RoCE's devices too
+VERBS = "libibverbs.so.1"
 MEET_SECONDS = float(os.environ.get("ABBA_MEET_SECONDS", "60"))
 GIB = 2**30
 TASKS = {"openai/gsm8k": "gsm8k"}  # of launch/evaluate.py, by the dataset whose test split it is
@@ -46,6 +50,9 @@ def main() -> int:
         check_scratch(tempfile.gettempdir(), arguments.free_gib)
         check_environment()
         check_gpus(arguments.gpus, arguments.gpu_memory_gib)
+        warning = network_warning(nodes)
+        if warning:  # not to stdout, which the batch script reads
+            print(f"preflight: {node}: WARNING: {warning}", file=sys.stderr, flush=True)
         check_recipe(arguments.recipe, arguments.overrides, number)
     except RefusedError as refused:
         print(f"preflight: {node}: {refused}", file=sys.stderr, flush=True)
@@ -90,9 +97,23 @@ def refuse_gpus(found_gib: list[float], wanted: int, memory_gib: float) -> None:
     """Raises RefusedError when there are fewer GPUs than ranks, or one is smaller than what was planned for."""
     if len(found_gib) < wanted:
         raise RefusedError(ENVIRONMENT, f"{len(found_gib)} GPUs are seen where {wanted} ranks need one each")
-    small = [f"GPU {index} has {gib:.0f} GiB" for index, gib in enumerate(found_gib) if gib < 0.9 * memory_gib]
+    small = [f"GPU {index} has {gib:.1f} GiB" for index, gib in enumerate(found_gib) if gib < 0.97 * memory_gib]
     if small:
         raise RefusedError(ENVIRONMENT, f"{', '.join(small)}; planned for {memory_gib:g}: set ABBA_GPU_MEMORY_GIB")
+
+
+def network_warning(nodes: int, devices: Path = INFINIBAND) -> str:
+    """What NCCL would not say of a fast network that it cannot use, or ""."""
+    if nodes == 1 or not devices.exists() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return ""
+    try:
+        ctypes.CDLL(VERBS)
+    except OSError as error:
+        return (
+            f"{devices} is there and {error}; NCCL falls back to TCP between nodes, which is many times slower; "
+            "install libibverbs1 and ibverbs-providers in ABBA_ENV, as slurm/abba.def does"
+        )
+    return ""
 
 
 def check_recipe(name: str, overrides: list[str], number: int) -> None:

@@ -49,10 +49,14 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     else:
+        # Before the first allocation: micro-batches differ in length, and blocks that cannot grow leave gaps.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         accelerator.set_device(index)
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    # DeepSpeed makes further groups with torch's defaults: 10 minutes on GPUs, whatever the run has asked for.
+    timeout = c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_seconds)
     try:
-        timeout = timedelta(seconds=timeout_seconds)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except RuntimeError as error:
         raise RankLostError(_not_met(ranks.rank, error)) from None
@@ -64,12 +68,6 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
     if on_cpu:
         return torch.device("cpu")
     return torch.device(accelerator.device_name(_device_index(ranks.local_rank, accelerator.device_count())))
-
-
-def give_timeout(timeout_seconds: int) -> None:
-    """To every group: DeepSpeed makes some with torch's default, 10 minutes on GPUs, whatever a run has asked for."""
-    for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
 def _refuse_lost_gpus(ranks: Ranks) -> None:

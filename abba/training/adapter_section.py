@@ -2,8 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from abba.adapter.config import SEVEN_LINEARS, AdapterConfig, BaselineConfig, FullConfig, MethodConfig
 
@@ -19,6 +19,17 @@ Text = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00\n]*
 class Section(BaseModel):
     # strict: a text is never taken for a number; an int still passes for a float.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def refuse(self, mistakes: dict[str, str]) -> None:
+        """For a validator, which ends with what it raises: what is wrong with each of these keys, all at once.
+
+        Raises:
+            ValidationError: unless there are none.
+        """
+        if mistakes:
+            errors = [(key, PydanticCustomError("adapter", "{why}", {"why": why})) for key, why in mistakes.items()]
+            lines = [InitErrorDetails(type=error, loc=tuple(key.split(".")), input=None) for key, error in errors]
+            raise ValidationError.from_exception_data(type(self).__name__, lines)
 
 
 ABBA_OPTIONS = {"r1": 16, "r2": 16, "alpha": 24.0, "scale_rule": "paper", "init": "svd"}
@@ -60,19 +71,18 @@ class AdapterSection(Section):
     @model_validator(mode="after")
     def _has_its_own_options(self) -> "AdapterSection":
         known = _options(self.method)
-        foreign = [key for key, value in self if key not in ("method", *known) and value is not None]
-        if foreign:
-            key, options = foreign[0], ", ".join(known) or "none"
-            message = (
-                "{key}={value} is no option of the method {method}, whose options are: {options}; leave it out, or "
-                "write adapter.{key}=null where a recipe that is extended sets it"
+        mistakes = {
+            key: f"{str(value)[:50]}: no option of the method {self.method}, whose options are: "
+            f"{', '.join(known) or 'none'}; leave it out, or write adapter.{key}=null where a recipe that is extended "
+            "sets it"
+            for key, value in self
+            if key not in ("method", *known) and value is not None
+        }
+        if self.method == "abba" and self.init_from is not None and self.init != ABBA_OPTIONS["init"]:
+            mistakes["init"] = (
+                f"{self.init} has no meaning with init_from, whose factors training starts from; leave one out"
             )
-            value = str(getattr(self, key))[:50]
-            context = {"key": key, "value": value, "method": self.method, "options": options}
-            raise PydanticCustomError("adapter", message, context)
-        if self.init_from is not None and self.init != ABBA_OPTIONS["init"]:
-            message = "init={init} has no meaning with init_from, whose factors training starts from; leave one out"
-            raise PydanticCustomError("adapter", message, {"init": self.init})
+        self.refuse(mistakes)
         return self
 
     @field_validator("layer_range", mode="before")

@@ -33,17 +33,26 @@ def line_tokens(attention: str, max_length: int) -> float:
     return max_length if attention == "eager" else math.inf
 
 
-def keep_rows_apart(model: PreTrainedModel) -> None:
-    """From now on no row sees another one of its line.
+def refuse_packing(model_type: str) -> None:
+    """Needs config.json's model_type alone, so that nobody loads weights first.
 
     Raises:
         RecipeError: an architecture whose rows could see each other.
     """
-    if model.config.model_type not in ATTENDING:
+    if model_type not in ATTENDING:
         raise RecipeError(
             f"data.packing: rows on one line are known to stay apart in {', '.join(ATTENDING)} only, not in "
-            f"{model.config.model_type}; set data.packing=false, and train.group_by_length=true to pad less"
+            f"{model_type}; set data.packing=false, and train.group_by_length=true to pad less"
         )
+
+
+def keep_rows_apart(model: PreTrainedModel) -> None:
+    """From now on no row sees another one of its line.
+
+    Raises:
+        RecipeError: see `refuse_packing`.
+    """
+    refuse_packing(model.config.model_type)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(BY_ROW)
 

@@ -21,7 +21,7 @@ from abba.base_model import (
     load_tokenizer,
 )
 from abba.sharded.engine import checked_section
-from abba.training.attention import line_tokens
+from abba.training.attention import line_tokens, refuse_packing
 from abba.training.data_report import data_report
 from abba.training.mixture import Mixture
 from abba.training.prepare import (
@@ -51,9 +51,12 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     micro = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
+    config = load_config(base)
+    if recipe.data.packing:
+        refuse_packing(config.model_type)
     tokenizer = load_tokenizer(base)
     dtype, attention = DTYPES[choose_dtype(recipe.model.dtype)[0]], recipe.model.attn_implementation
-    attention, _ = choose_attention(load_config(base), attention, "cpu", dtype)
+    attention, _ = choose_attention(config, attention, "cpu", dtype)
     with torch.device("meta"):
         model = build_empty(base, dtype, attention)
     adapter = recipe.adapter.config()

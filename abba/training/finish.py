@@ -5,11 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from abba.adapter.config import FullConfig
 from abba.adapter.export import PEFT_NAMES, why_nothing_changes
 from abba.checkpoint.convert import Form, convert
 from abba.checkpoint.format import read_state, verify
+from abba.sharded.ranks import Ranks
+from abba.sharded.together import share
+from abba.training.loop import is_due
 from abba.training.recipe import Recipe
+from abba.training.resume import ResumePoint
 from abba.training.run_directory import RunDirectory
 
 
@@ -43,3 +49,18 @@ def finish(last: Path, directory: RunDirectory, base: Path, say: Callable[[str],
         why = why_nothing_changes(description)
         say(f"{result.name}: WARNING: {why}, so it changes nothing; was the learning rate 0?")
     return (result, None) if full else (base, result)
+
+
+def owes_held_out_loss(
+    resumed: ResumePoint,
+    eval_steps: int | None,
+    steps: int,
+    directory: RunDirectory,
+    ranks: Ranks,
+    device: torch.device,
+) -> bool:
+    """Whether the start that saved `resumed` was stopped or killed before the held-out loss there. Collective."""
+    done = resumed.state.step
+    due = resumed.directory.parent == directory.checkpoints and is_due(done, eval_steps, steps)
+    missing = ranks.is_main and due and done not in directory.held_out_steps()  # only rank 0 writes the metrics
+    return share(b"owed" if missing else b"", device)[0] != b""

@@ -14,6 +14,7 @@ from abba.base_model import find_base, hub_model, load_config, load_tokenizer
 from abba.errors import CheckpointError, RecipeError
 from abba.text.encode import padding_id
 from abba.text.rows import RowSource, hub_dataset
+from abba.training.attention import refuse_packing
 from abba.training.batches import BatchPlan, split_rows
 from abba.training.data_section import DataSection
 from abba.training.mixture import Mixture, epoch_rows
@@ -92,10 +93,13 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     Raises:
         CheckpointError: the base model cannot be found, or the tokens cannot be written.
         DataError: a dataset cannot be used.
-        RecipeError: two sources are the same, or a chat template is needed and there is none.
+        RecipeError: two sources are the same, a chat template is needed and there is none, or the base cannot pack.
     """
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
-    vocabulary = load_config(base).get_text_config().vocab_size
+    config = load_config(base)
+    if recipe.data.packing:
+        refuse_packing(config.model_type)
+    vocabulary = config.get_text_config().vocab_size
     tokenizer = load_tokenizer(base)
     sources, limits = row_sources(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
     paths = tokens_paths(recipe.data, tokenizer, Path(recipe.data.prepared_path))

@@ -128,20 +128,16 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
-    def _discards_or_continues(self) -> "Recipe":
+    def _sections_agree(self) -> "Recipe":
+        mistakes = {}
         if self.overwrite_output_dir and self.checkpoint.resume != "never":
-            message = (
-                "overwrite_output_dir: discards an earlier run, checkpoint.resume={resume} continues one; "
+            mistakes["overwrite_output_dir"] = (
+                f"discards an earlier run, checkpoint.resume={self.checkpoint.resume} continues one; "
                 "leave it out, or set checkpoint.resume=never"
             )
-            raise PydanticCustomError("adapter", message, {"resume": self.checkpoint.resume})
-        return self
-
-    @model_validator(mode="after")
-    def _evaluates_on_something(self) -> "Recipe":
         if self.train.eval_steps and not self.data.eval_rows:
-            message = "train.eval_steps: has no meaning without held-out rows; set data.eval_rows too"
-            raise PydanticCustomError("adapter", message)
+            mistakes["train.eval_steps"] = "has no meaning without held-out rows; set data.eval_rows too"
+        self.refuse(mistakes)  # one validator: of two the second runs only where the first finds nothing
         return self
 
 

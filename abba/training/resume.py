@@ -28,8 +28,6 @@ from abba.sharded.together import agree, share
 from abba.text.chat import ChatTemplate
 from abba.text.prompt import CHAT
 from abba.training.attention import line_tokens
-from abba.training.loop import is_due
-from abba.training.run_directory import RunDirectory
 
 SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
 # What changes what is shown or when it is saved, not what is computed.
@@ -44,6 +42,7 @@ class ResumePoint:
 
     directory: Path
     state: CheckpointState
+    owes_held_out: bool = False  # the start that saved it was stopped or killed before the held-out loss there
 
 
 def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: str) -> dict[str, Any]:
@@ -256,18 +255,3 @@ def _covers(name: str, field: str) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:24]}..."
-
-
-def owes_held_out_loss(
-    resumed: ResumePoint,
-    eval_steps: int | None,
-    steps: int,
-    directory: RunDirectory,
-    ranks: Ranks,
-    device: torch.device,
-) -> bool:
-    """Whether the start that saved `resumed` was stopped or killed before the held-out loss there. Collective."""
-    done = resumed.state.step
-    due = resumed.directory.parent == directory.checkpoints and is_due(done, eval_steps, steps)
-    missing = ranks.is_main and due and done not in directory.held_out_steps()  # only rank 0 writes the metrics
-    return share(b"owed" if missing else b"", device)[0] != b""

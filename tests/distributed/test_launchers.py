@@ -132,14 +132,20 @@ def test_what_nccl_says_is_told_whole(monkeypatch):
     assert "--master_port" not in str(error.value) and socket.gethostname() in str(error.value)
 
 
-def test_every_group_has_the_timeout_of_the_run(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
-    )
+def test_every_group_has_the_timeout_of_the_run(monkeypatch, tmp_path):
+    def joined(backend, *, timeout, **_):
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+    monkeypatch.setattr(process_group.deepspeed, "init_distributed", joined)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(process_group.c10d, name, None)  # to be put back
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    process_group.start_process_group(Ranks(), 4321)
     try:
-        made = torch.distributed.new_group([0])
-        process_group.give_timeout(4321)
-        for group in (made, torch.distributed.group.WORLD):
+        for group in (torch.distributed.new_group([0]), torch.distributed.group.WORLD):
             assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 4321
+        assert process_group.c10d.default_pg_nccl_timeout.total_seconds() == 4321
     finally:
         torch.distributed.destroy_process_group()

@@ -8,9 +8,11 @@ from functools import partial
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 
+from abba.adapter.model_files import COMPANIONS
 from abba.errors import CheckpointError, DataError
-from abba.hub import HubRepository
+from abba.hub import NEEDED, HubRepository
 from abba.text.rows import BadRows, RowSource, content_of, find_dataset, hub_dataset, usable_rows
 from abba.training.tokens import TokenizedRows
 from tests import warm
@@ -49,6 +51,7 @@ def hub():
     model = {
         path.name: path.read_bytes() for path in TINY.iterdir() if path.suffix in (".json", ".model", ".safetensors")
     }
+    model |= {"chat_template.jinja": b"{{ messages[0].content }}", "LICENSE": b"Do as you like."}
     model |= dict.fromkeys(JUNK, b"x")
     stories = {
         "README.md": CARD,
@@ -100,6 +103,11 @@ def test_what_is_fetched_once_is_all_that_a_job_needs(hub, program, tmp_path):
     assert "holds these rows as tokens already" in job.stdout and "tokenised into" not in job.stdout
     kept = sorted(path.name for path in (tmp_path / "prepared").iterdir())
     assert [name.partition("-")[0] for name in kept] == ["factors", "tokens"], "the second is the job's"
+
+
+def test_all_that_goes_with_a_merged_model_is_fetched():
+    companions = [name for name in COMPANIONS if "/" not in name]
+    assert list(filter_repo_objects(companions, **NEEDED["model"])) == companions
 
 
 def test_every_source_of_a_mixture_is_fetched(hub, program, tmp_path):

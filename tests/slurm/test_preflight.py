@@ -19,8 +19,42 @@ def test_gpus_are_counted_and_measured():
     preflight.refuse_gpus([79.1] * 8, 8, 80)
     with pytest.raises(preflight.RefusedError, match="7 GPUs are seen where 8 ranks need one each"):
         preflight.refuse_gpus([79.1] * 7, 8, 80)
-    with pytest.raises(preflight.RefusedError, match="^GPU 1 has 39 GiB; planned for 80: set ABBA_GPU_MEMORY_GIB"):
+    with pytest.raises(preflight.RefusedError, match="^GPU 1 has 39.4 GiB; planned for 80: set ABBA_GPU_MEMORY_GIB"):
         preflight.refuse_gpus([79.1, 39.4], 2, 80)
+    with pytest.raises(preflight.RefusedError, match="planned for 24"):  # an L4: a plan of 23 GiB would not fit
+        preflight.refuse_gpus([22.5], 1, 24)
+
+
+def test_a_network_that_nccl_cannot_use_is_said(tmp_path, monkeypatch):
+    def without(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("ctypes.CDLL", without)
+    said = preflight.network_warning(2, tmp_path)
+    assert said.startswith(f"{tmp_path} is there and libibverbs.so.1: cannot open") and "NCCL falls back to TCP" in said
+    assert "\n" not in said
+    assert not preflight.network_warning(1, tmp_path), "on one node nothing is sent through it"
+    assert not preflight.network_warning(2, tmp_path / "none")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert not preflight.network_warning(2, tmp_path), "ranks on CPUs talk TCP anyway"
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert not preflight.network_warning(2, tmp_path)
+
+
+def test_a_warning_names_the_node_and_stops_nothing(monkeypatch, capsys):
+    values = {"MASTER_ADDR": "first", "MASTER_PORT": "1", "SLURM_NNODES": "2", "SLURMD_NODENAME": "node7"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    for check in ("meet", "check_scratch", "check_environment", "check_gpus", "check_recipe"):
+        monkeypatch.setattr(preflight, check, lambda *_: None)
+    monkeypatch.setattr(preflight, "network_warning", lambda nodes: f"slow on {nodes} nodes")
+    monkeypatch.setattr("sys.argv", ["preflight.py", "--recipe", "x", "--gpus", "8"])
+    assert preflight.main() == 0
+    printed = capsys.readouterr()
+    assert printed.err == "preflight: node7: WARNING: slow on 2 nodes\n"
+    assert not printed.out, "the batch script reads it"
 
 
 def test_shell_is_clean():

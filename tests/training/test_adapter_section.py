@@ -56,8 +56,18 @@ def test_null_leaves_out_what_an_extended_recipe_sets(tmp_path):
 def test_an_option_of_another_method_is_refused_by_name(tmp_path, method, option, known):
     said = message(tmp_path, GOOD, f"adapter.method={method}", f"adapter.{option}")
     key = option.partition("=")[0]
-    assert f"adapter: {key}=" in said and f"is no option of the method {method}, whose options are: {known}" in said
+    assert f"adapter.{key}: " in said and f": no option of the method {method}, whose options are: {known}" in said
     assert f"adapter.{key}=null" in said and "\n" not in said
+
+
+def test_all_of_a_sections_mistakes_are_reported_at_once(tmp_path):
+    start = ["adapter.init_from=runs/x/adapter", "adapter.init=kaiming"]
+    summary, *lines = message(tmp_path, GOOD, "adapter.r=8", "adapter.dropout=0.1", *start).split("\n")
+    assert summary.endswith("3 mistakes:")
+    begins = ["adapter.r: 8: no option", "adapter.dropout: 0.1: no option", "adapter.init: kaiming has no meaning"]
+    assert all(line.startswith(f"  {begin}") for line, begin in zip(lines, begins, strict=True)), lines
+    start = ["adapter.method=lora", *start]
+    assert "2 mistakes:" in message(tmp_path, GOOD, *start), "of init_from and init no other method has anything to say"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +86,7 @@ def test_unknown_choices_are_named(tmp_path, override, said):
 
 def test_an_init_beside_factors_to_start_from_is_refused(tmp_path):
     said = message(tmp_path, GOOD, "adapter.init=kaiming", "adapter.init_from=runs/x/adapter")
-    assert "adapter: init=kaiming has no meaning with init_from" in said
+    assert "adapter.init: kaiming has no meaning with init_from" in said
     assert load(tmp_path, GOOD, "adapter.init_from=runs/x/adapter").adapter.init_from == "runs/x/adapter"
 
 

@@ -1,19 +1,24 @@
 """Tokens made once: shared by runs, waited for by ranks, verified, replaced where damaged; and the report's numbers."""
 
+import json
 import random
+import shutil
 import threading
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import abba.training.prepare
 from abba.errors import CheckpointError, RecipeError
 from abba.training.batches import BatchPlan, collate, lines_of
 from abba.training.data_report import data_report, padding_share, percentile
+from abba.training.dry_run import dry_run
 from abba.training.mixture import Mixture, epoch_rows
 from abba.training.prepare import prepare, refuse_unlike
 from abba.training.recipe import load_recipe
 from abba.training.tokens import TokenizedRows, write_tokens
+from tests.models import SMALL
 from tests.warm import ROOT
 
 
@@ -41,6 +46,35 @@ def tokenised(monkeypatch):
 
     monkeypatch.setattr(abba.training.prepare, "prepare_tokens", counting)
     return counted
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base of another architecture, as the override that names it; without weights, which nothing here reads."""
+
+    def make(family):
+        shutil.copytree(ROOT / "recipes/assets/tiny-llama", tmp_path / family, ignore=lambda *_: ["model.safetensors"])
+        words = json.loads((tmp_path / family / "config.json").read_text())["vocab_size"]
+        AutoConfig.for_model(family, **{**SMALL, "vocab_size": words}).save_pretrained(tmp_path / family)
+        return f"model.name_or_path={tmp_path / family}"
+
+    return make
+
+
+def test_packing_on_an_architecture_that_cannot_is_refused_before_anything_is_loaded(recipe, base, tokenised):
+    granite = base("granite")
+    for start in (lambda recipe: prepare(recipe, True, print), lambda recipe: dry_run(recipe, 1)):
+        with pytest.raises(RecipeError, match=r"data\.packing: .* not in granite; set data\.packing=false"):
+            start(recipe(granite, "data.packing=true"))
+    assert not tokenised
+    assert len(prepare(recipe(granite), True, print)[2]) == 80
+
+
+def test_a_dry_run_refuses_an_attention_that_the_base_cannot_take(recipe, base):
+    gemma = base("gemma2")
+    dry_run(recipe(gemma, "model.attn_implementation=eager"), 1)
+    with pytest.raises(RecipeError, match=r"model\.attn_implementation: sdpa .* gemma2 does; write auto or eager"):
+        dry_run(recipe(gemma, "model.attn_implementation=sdpa"), 1)
 
 
 def test_ranks_that_would_compute_in_other_dtypes_are_refused():

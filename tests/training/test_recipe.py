@@ -124,6 +124,16 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
     assert all(key in text for key in ("train.learning_rat", "adapter.r1", "data.path", "model.dtype"))
 
 
+def test_sections_that_do_not_agree_are_all_reported_at_once(tmp_path):
+    summary, *lines = message(tmp_path, GOOD, "overwrite_output_dir=true", "train.eval_steps=5").split("\n")
+    assert summary.endswith("2 mistakes:")
+    assert lines == [
+        "  overwrite_output_dir: discards an earlier run, checkpoint.resume=auto continues one; leave it out, or set "
+        "checkpoint.resume=never",
+        "  train.eval_steps: has no meaning without held-out rows; set data.eval_rows too",
+    ]
+
+
 def test_missing_sections_and_keys_are_named(tmp_path):
     text = message(tmp_path, "model: {name_or_path: x}\ntrain: {learning_rate: 1}\n")
     assert "data: is required" in text and "train.global_batch_size: is required" in text
