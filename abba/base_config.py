@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from abba.errors import CheckpointError
-from abba.storage import read_json
+from abba.storage import is_there, read_json
 
 CONFIG, TOKENIZER_CONFIG, ADAPTER_CONFIG = "config.json", "tokenizer_config.json", "adapter_config.json"
 
@@ -43,10 +43,10 @@ def check_config(directory: Path) -> dict[str, Any]:
     """config.json, parsed.
 
     Raises:
-        CheckpointError: it is missing or no JSON object, or has a key that could run code, open another file or
-            exhaust the memory; or the directory holds an adapter, which transformers would follow to another base.
+        CheckpointError: it is missing, unreadable or no JSON object, or has a key that could run code, open another
+            file or exhaust the memory; or the directory holds an adapter, which transformers would follow elsewhere.
     """
-    if (directory / ADAPTER_CONFIG).exists():
+    if is_there(directory / ADAPTER_CONFIG):
         raise CheckpointError(f"{directory}: has an {ADAPTER_CONFIG}, so it is an adapter and no base model")
     return _checked(directory / CONFIG)
 
@@ -58,7 +58,7 @@ def check_tokenizer_config(directory: Path) -> dict[str, Any]:
         CheckpointError: as `check_config`, or it names files.
     """
     path = directory / TOKENIZER_CONFIG
-    if not path.exists():
+    if not is_there(path):
         return {}
     raw = _checked(path)
     for key, value in raw.items():

@@ -23,7 +23,7 @@ from abba.base_config import check_config, check_tokenizer_config
 from abba.base_files import BaseFiles
 from abba.errors import AbbaError, CheckpointError, RecipeError, first_line
 from abba.hub import HubRepository
-from abba.storage import is_there
+from abba.storage import is_file, is_there
 
 # Deprecations inside libraries that their next release settles; a user can do nothing about them.
 for _module in ("transformers", "torch.distributed"):
@@ -39,7 +39,7 @@ def hub_model(name_or_path: str, revision: str | None, setting: str = "model.nam
     """The repository that a user means, or None for a directory. `setting`: what the user calls it.
 
     Raises:
-        CheckpointError: it is a directory without a model, or a path of none.
+        CheckpointError: it is a directory without a model, a path of none, or may not be looked at.
         RecipeError: a directory with a revision.
     """
     directory = Path(name_or_path)
@@ -48,7 +48,7 @@ def hub_model(name_or_path: str, revision: str | None, setting: str = "model.nam
             raise RecipeError(
                 f"model.revision: {revision!r} has no meaning for the directory {directory}; leave it out"
             )
-        if not (directory / "config.json").is_file():
+        if not is_file(directory / "config.json"):
             raise CheckpointError(f"{setting}: {directory} is no model directory: it has no config.json")
         return None
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
@@ -84,7 +84,7 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         CheckpointError: there is none, its class is not one of transformers', or its files are damaged.
     """
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if not any(is_file(directory / name) for name in TOKENIZER_FILES):
         # transformers would make up an empty tokenizer, which turns every text into nothing.
         raise CheckpointError(f"{directory}: has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
     config, own = check_config(directory), check_tokenizer_config(directory)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from abba.storage import Spec, write_safetensors
 
-KILLED_WHILE_WRITING_SECONDS = 3600  # a temporary file that is so old has no writer any more
+KILLED_WHILE_WRITING_SECONDS = 3600  # what was last written so long ago has no writer any more
 
 
 def write_prepared(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -25,7 +26,7 @@ def write_prepared(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     layout = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     try:
-        _remove_leftovers(path)
+        remove_leftovers(path.parent, f".{path.name.partition('-')[0]}-*.tmp-*")
         write_safetensors(
             temporary, layout, tensors.values(), {**metadata, "sha256": content_digest(tensors, metadata)}
         )
@@ -44,9 +45,18 @@ def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     return found.hexdigest()
 
 
-def _remove_leftovers(path: Path) -> None:
-    kind = path.name.partition("-")[0]
-    for old in path.parent.glob(f".{kind}-*.tmp-*"):
-        with suppress(FileNotFoundError):  # another start removes them too
-            if time.time() - old.stat().st_mtime > KILLED_WHILE_WRITING_SECONDS:
-                old.unlink()
+def remove_leftovers(parent: Path, pattern: str) -> None:
+    """Delete the temporary files and directories in `parent`, of names like `pattern`, whose writers were killed."""
+    for old in parent.glob(pattern):
+        with suppress(OSError):  # another start removes them too, or they are another user's
+            if not _has_writer(old):
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+
+
+def _has_writer(temporary: Path) -> bool:
+    """By its last write and, where the name has one (.NAME.tmp-PID-...), by whether such a process lives here."""
+    process = temporary.name.rpartition(".tmp-")[2].partition("-")[0]
+    if process.isdecimal() and Path("/proc", process).exists():  # it may be stopped, or read what it has written
+        return True
+    written = max(path.lstat().st_mtime for path in (temporary, *temporary.rglob("*")))
+    return time.time() - written <= KILLED_WHILE_WRITING_SECONDS

@@ -4,6 +4,7 @@ The safetensors library's own writer holds a whole file in memory and its reader
 checkpoints need neither. The format is the library's, to the byte: https://github.com/huggingface/safetensors#format
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ from abba.parsing import MAX_JSON_BYTES, STORED_DTYPES, StoredTensor, parse_head
 
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NO_PATH = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # nothing is there, or can be
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # names that Windows keeps
 
 
@@ -261,12 +263,21 @@ def in_gb(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
-def is_there(path: Path) -> bool:
-    """Whether a path that a user wrote exists; one that no file can have does not."""
+def is_there(path: Path, error: type[AbbaError] = CheckpointError) -> bool:
+    """Whether a user's path exists; one that no file can have does not. Raises `error` if it may not be looked at."""
     try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or with a NUL
+        path.stat()
+    except (OSError, ValueError) as failure:  # a ValueError for a NUL
+        if isinstance(failure, OSError) and failure.errno not in _NO_PATH:
+            way_out = "change its permissions or give another path"
+            raise error(f"{path}: cannot be looked at: {failure.strerror}; {way_out}") from failure
         return False
+    return True
+
+
+def is_file(path: Path, error: type[AbbaError] = CheckpointError) -> bool:
+    """Whether it is there and a regular file; raises as `is_there`, where Path.is_file raises an OSError."""
+    return is_there(path, error) and path.is_file()
 
 
 def make_directory(path: Path, purpose: str) -> None:

@@ -2,7 +2,11 @@
 
 import argparse
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from abba.errors import AbbaError, CheckpointError, exit_with
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -11,6 +15,26 @@ def argument_parser(text: str) -> argparse.ArgumentParser:
     """Shows `text`, a program's docstring, as it is; an option has to be written out."""
     raw = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=text, formatter_class=raw, allow_abbrev=False)
+
+
+def run_program(work: Callable[[], int | None], prefix: str = "", after_interrupt: str = "") -> int:
+    """Do what a program is for; its exit code. What a user can cause ends in one line.
+
+    Args:
+        prefix: of that line, of a rank among several.
+        after_interrupt: what the user can do then.
+    """
+    try:
+        return work() or 0
+    except AbbaError as error:
+        return exit_with(error, prefix)
+    except PermissionError as error:
+        which = f"{error.filename}: cannot be read: {error.strerror}"
+        return exit_with(CheckpointError(f"{which}; change its permissions"), prefix)
+    except KeyboardInterrupt:
+        advice = f"; {after_interrupt}" if after_interrupt else ""
+        print(f"{prefix}interrupted{advice}", file=sys.stderr, flush=True)
+        return 130
 
 
 def end_with_reader() -> None:

@@ -17,9 +17,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import argument_parser
+from common import argument_parser, run_program
 
-from abba.errors import AbbaError, CheckpointError, RecipeError, exit_with
+from abba.errors import CheckpointError, RecipeError
 
 WHOLE = ("merged", "full")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of the largest logit; bf16 rounds the factors or their products
@@ -64,13 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    try:
-        convert(arguments)
-    except AbbaError as error:
-        return exit_with(error)
-    except PermissionError as error:
-        return exit_with(CheckpointError(f"{error.filename}: cannot be read: {error.strerror}; change its permissions"))
-    return 0
+    return run_program(lambda: convert(arguments))
 
 
 def convert(arguments: argparse.Namespace) -> None:

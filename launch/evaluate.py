@@ -15,9 +15,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from common import argument_parser, count, positive
+from common import argument_parser, count, positive, run_program
 
-from abba.errors import AbbaError, exit_with
 from abba.sharded.ranks import Ranks, go_alone, ranks_from_environment
 from abba.text.graders import SUITES
 from abba.text.prompt import PROMPT_NAMES
@@ -97,20 +96,20 @@ def score(arguments: argparse.Namespace, ranks: Ranks) -> None:
         print(f"{scores['headline'] if is_harness else headline(scores)}; {arguments.output}/scores.json")
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    prefix = ""
-    try:
-        ranks = ranks_from_environment()
-        prefix = f"rank {ranks.rank}: " if ranks.rank else ""
+def score_as_rank(arguments: argparse.Namespace) -> int:
+    ranks = ranks_from_environment()
+
+    def work() -> None:
         go_alone(ranks)
         score(arguments, ranks)
-    except AbbaError as error:
-        return exit_with(error, prefix)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the rows that are missing", file=sys.stderr)
-        return 130
-    return 0
+
+    prefix = f"rank {ranks.rank}: " if ranks.rank else ""
+    return run_program(work, prefix, "the same command goes on with the rows that are missing")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    return run_program(lambda: score_as_rank(arguments))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import argument_parser, positive
+from common import argument_parser, positive, run_program
 
-from abba.errors import AbbaError, DataError, exit_with
+from abba.errors import DataError
 
 
 def main() -> int:
@@ -34,11 +34,7 @@ def main() -> int:
         help="auto: bfloat16, where the processor can",
     )
     arguments = parser.parse_args()
-    try:
-        answer(arguments)
-    except AbbaError as error:
-        return exit_with(error)
-    return 0
+    return run_program(lambda: answer(arguments))
 
 
 def answer(arguments: argparse.Namespace) -> None:

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RECIPES, argument_parser, end_with_reader, positive
+from common import RECIPES, argument_parser, end_with_reader, positive, run_program
 
-from abba.errors import AbbaError, RecipeError, exit_with
+from abba.errors import DataError, RecipeError
 
 # Rows that were counted; of a local file of lines they are counted each time.
 KNOWN_ROWS = {("openai/gsm8k", "main", "train"): 7_473}
@@ -75,10 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     end_with_reader()
-    try:
-        return run(arguments)
-    except AbbaError as error:
-        return exit_with(error)
+    return run_program(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -207,8 +204,10 @@ def rows_of(recipe: Any) -> int | None:
 
 
 def _count_rows(source: Any) -> int | None:
+    from abba.storage import is_file
+
     rows = KNOWN_ROWS.get((source.path, source.name, source.split))
-    if source.path.endswith(".jsonl") and source.split == "train" and Path(source.path).is_file():
+    if source.path.endswith(".jsonl") and source.split == "train" and is_file(Path(source.path), DataError):
         with open(source.path, "rb") as file:
             rows = sum(bool(line.strip()) for line in file)
     return None if rows is None else min(rows, source.max_rows or rows)

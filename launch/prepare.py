@@ -12,9 +12,8 @@ device that the job has: the first job on a base adds them to data.prepared_path
 import sys
 from functools import partial
 
-from common import RECIPES, argument_parser
+from common import RECIPES, argument_parser, run_program
 
-from abba.errors import AbbaError, exit_with
 from abba.training.recipe import Recipe, load_recipe
 
 
@@ -46,14 +45,10 @@ def main() -> int:
     parser.add_argument("--recipe", required=True, help="a YAML file, or a name in recipes/ with or without .yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, such as data.max_length=512")
     arguments = parser.parse_intermixed_args()
-    try:
-        prepare_run(load_recipe(arguments.recipe, arguments.overrides, RECIPES))
-    except AbbaError as error:
-        return exit_with(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(
+        lambda: prepare_run(load_recipe(arguments.recipe, arguments.overrides, RECIPES)),
+        after_interrupt="the same command goes on with what is missing",
+    )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-from common import argument_parser, positive
+from common import argument_parser, positive, run_program
 
-from abba.errors import AbbaError, CheckpointError, exit_with
+from abba.errors import CheckpointError
 
 
 def main() -> int:
@@ -24,17 +24,16 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="HTML", help="the page; default report.html in the first RUN")
     parser.add_argument("--samples", type=positive, default=8, help="generations of each score; default 8")
     arguments = parser.parse_args()
-    try:
-        print(write_report(arguments.runs, arguments.output or arguments.runs[0] / "report.html", arguments.samples))
-    except AbbaError as error:
-        return exit_with(error)
-    return 0
+    output = arguments.output or arguments.runs[0] / "report.html"
+    return run_program(lambda: print(write_report(arguments.runs, output, arguments.samples)))
 
 
 def write_report(paths: list[Path], output: Path, samples: int) -> Path:
     from abba.report.page import page
     from abba.report.run import read_run
 
+    if not output.name:  # . and /
+        raise CheckpointError(f"{output}: cannot be written: Is a directory; choose another --output")
     runs = [read_run(path, samples) for path in dict.fromkeys(paths)]
     for run in runs:
         for warning in run.warnings:

@@ -3,8 +3,10 @@
 abba_config.json marks it as ours: what PEFT and transformers have no field for, and what made it.
 """
 
+import glob
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +15,8 @@ from typing import Any
 
 from abba.adapter.config import AdapterConfig, MethodConfig, config_from
 from abba.errors import CheckpointError, RecipeError
-from abba.storage import is_there, make_directory, publish_directory, read_json, write_json
+from abba.prepared import remove_leftovers
+from abba.storage import is_file, is_there, make_directory, publish_directory, read_json, write_json
 
 WEIGHTS, PEFT_CONFIG, ABBA_CONFIG, CARD = (
     "adapter_model.safetensors",
@@ -65,7 +68,7 @@ def _scale(config: MethodConfig) -> dict[str, float]:
 
 def read_description(directory: Path) -> AdapterDescription:
     """Raises CheckpointError when the directory is no adapter of ours."""
-    if not (directory / ABBA_CONFIG).is_file():
+    if not is_file(directory / ABBA_CONFIG):
         raise CheckpointError(
             f"{directory}: is not an ABBA adapter: it has no {ABBA_CONFIG} (a run's adapter is RUN/adapter)"
         )
@@ -112,10 +115,17 @@ def forms_of(config: MethodConfig) -> tuple[str, ...]:
 
 
 def refuse_occupied(directory: Path, overwrite: bool) -> None:
-    """Raises CheckpointError when `directory` holds something that is not an adapter, or is not to be replaced."""
-    if not is_there(directory) or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not (directory / ABBA_CONFIG).is_file():
+    """
+    Raises:
+        CheckpointError: `directory` holds what is no adapter, or is not to be replaced, or cannot be read.
+    """
+    try:
+        if not is_there(directory) or (directory.is_dir() and not any(directory.iterdir())):
+            return
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}; choose another or change its permissions"
+        raise CheckpointError(f"adapter directory {directory}: {reason}") from error
+    if not is_file(directory / ABBA_CONFIG):
         raise CheckpointError(f"adapter directory {directory}: holds something that is no adapter; choose another")
     if not overwrite:
         raise CheckpointError(f"adapter directory {directory}: is not empty; choose another or pass --force")
@@ -125,13 +135,16 @@ def refuse_occupied(directory: Path, overwrite: bool) -> None:
 def written_whole(directory: Path) -> Iterator[Path]:
     """A directory beside `directory` to write into; it takes that name if the block succeeds and is deleted if not.
 
+    What killed processes left of such directories, each perhaps as large as a model, is deleted first.
+
     Raises:
         CheckpointError: something cannot be written.
     """
     directory = directory.resolve()
     make_directory(directory.parent, "adapter directory")
-    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    # Two processes can have one id, in two containers or on two nodes.
+    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    remove_leftovers(directory.parent, f".{glob.escape(directory.name)}.tmp-[0-9]*")
     try:
         temporary.mkdir()
         yield temporary

@@ -68,7 +68,7 @@ def question_sources(name: str, path: str | None, limit: int | None = None) -> d
     if len(tasks) == 1 and Path(path).suffix in LOCAL_FORMATS:
         return {name: _source(_CHOICE, path, limit)}
     files = {task: Path(path) / task / "test.json" for task in tasks}
-    missing = [task for task, file in files.items() if not is_there(file)]
+    missing = [task for task, file in files.items() if not is_there(file, DataError)]
     if missing:
         there = [task for task in tasks if task not in missing]
         only = f", or score {','.join(there)} alone" if there else ""

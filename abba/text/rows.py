@@ -158,10 +158,10 @@ def hub_dataset(source: RowSource) -> HubRepository | None:
     """
     local = Path(source.path)
     if local.suffix in LOCAL_FORMATS:
-        if not is_there(local):
+        if not is_there(local, DataError):
             raise DataError(f"{source.path!r}: no such file (seen from {Path.cwd()})")
         return None
-    if is_there(local):
+    if is_there(local, DataError):
         known = ", ".join(LOCAL_FORMATS)
         raise DataError(f"{source.path!r}: is no dataset file; give one that ends in {known}")
     if not HUB_NAME.fullmatch(source.path):

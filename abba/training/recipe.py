@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from abba.errors import RecipeError
 from abba.sharded.owned_keys import FREE_KEYS, OWNED_KEYS
-from abba.storage import is_there
+from abba.storage import is_file
 from abba.text.graders import SUITES, members
 from abba.training.adapter_section import AdapterSection, Count, Momentum, Positive, Section, Seed, Share, Size, Text
 from abba.training.data_section import DataSection
@@ -162,7 +162,7 @@ def find_recipe(name: str, directory: Path) -> Path:
     """A path as given, or a name in `directory` with or without .yaml."""
     candidates = [Path(name), directory / name, directory / f"{name}.yaml"]
     for candidate in candidates:
-        if is_there(candidate) and candidate.is_file():
+        if is_file(candidate, RecipeError):
             return candidate
     known = sorted(path.stem for path in directory.glob("*.yaml"))
     raise RecipeError(

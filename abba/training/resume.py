@@ -219,9 +219,22 @@ def refuse_foreign_end(last: Path, root: Path) -> None:
 
 
 def _candidates(resume: str, root: Path) -> list[Path]:
-    """Checkpoints to choose from, in the order of their steps: the run's own, before its first those of `resume`."""
-    if resume == "never":
-        return []
+    """Checkpoints to choose from, in the order of their steps: the run's own, before its first those of `resume`.
+
+    Raises:
+        CheckpointError: `resume` is inside the run's own directory, names none, or something may not be looked at.
+    """
+    try:
+        return [] if resume == "never" else _listed(resume, root)
+    except (OSError, ValueError, RuntimeError) as error:  # permissions; too long; a NUL; links in a circle
+        known = isinstance(error, OSError)
+        which, reason = (error.filename or resume, error.strerror) if known else (resume, error)
+        raise CheckpointError(
+            f"checkpoint.resume: {which}: cannot be looked at: {reason}; change its permissions or give another path"
+        ) from error
+
+
+def _listed(resume: str, root: Path) -> list[Path]:
     path = Path(resume)
     if resume != "auto" and root.resolve() in (path.resolve(), *path.resolve().parents):
         raise CheckpointError(

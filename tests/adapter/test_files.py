@@ -1,7 +1,13 @@
 """Standalone adapters: stock PEFT computes what the native layers compute; damage and misuse are named."""
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from abba import AdapterConfig, inject, load_adapter, save_adapter
 from abba.adapter import files
+from abba.adapter.directory import written_whole
 from abba.adapter.export import vllm_advice
 from abba.adapter.linear import abba_modules
 from abba.errors import CheckpointError
+from abba.prepared import KILLED_WHILE_WRITING_SECONDS
 from tests.models import FAMILIES, randomize_factors, tiny_model
 
 TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 128
@@ -104,6 +112,58 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path):
     with pytest.raises(CheckpointError, match="--force"):
         save_adapter(adapted()[0], tmp_path / "third")
     save_adapter(adapted()[0], tmp_path / "third", overwrite=True)
+
+
+def left_by(directory, pid, age, name="adapter"):
+    """What a conversion of process `pid` was writing `age` seconds ago; its directory itself is older."""
+    leftover = directory / f".{name}.tmp-{pid}"
+    leftover.mkdir()
+    (leftover / files.WEIGHTS).write_text("much")
+    now = time.time()
+    os.utime(leftover / files.WEIGHTS, (now - age,) * 2)
+    os.utime(leftover, (now - 9 * KILLED_WHILE_WRITING_SECONDS,) * 2)
+    return leftover
+
+
+def test_what_killed_conversions_left_is_removed_and_no_living_ones(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    old = KILLED_WHILE_WRITING_SECONDS + 60
+    gone = [left_by(tmp_path, killed.pid, old), left_by(tmp_path, f"{killed.pid}-0123abcd", old)]
+    kept = [
+        left_by(tmp_path, f"{killed.pid}-89abcdef", 0),  # perhaps alive on another machine
+        left_by(tmp_path, f"{os.getppid()}-0123abcd", old),  # alive, and stopped perhaps
+        left_by(tmp_path, killed.pid, old, "adapter2"),
+        left_by(tmp_path, "notes", old),
+    ]
+    save_adapter(adapted()[0], tmp_path / "adapter")
+    assert not any(path.exists() for path in gone)
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "adapter"])
+    assert all((path / files.WEIGHTS).read_text() == "much" for path in kept)
+
+
+def test_two_that_write_to_one_place_at_once_do_not_share_files(tmp_path):
+    """Though their process ids are equal, as in two containers."""
+    with written_whole(tmp_path / "adapter") as one, written_whole(tmp_path / "adapter") as other:
+        (one / "x").write_text("one")
+        (other / "x").write_text("other")
+        assert (one / "x").read_text() == "one"
+    assert (tmp_path / "adapter/x").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to own files that others cannot delete")
+def test_somebody_elses_leftover_does_not_stop_a_conversion(tmp_path):
+    with tempfile.TemporaryDirectory() as shared:
+        os.chmod(shared, 0o1777)
+        leftover = left_by(Path(shared), 10**8, KILLED_WHILE_WRITING_SECONDS + 60)
+        model = adapted()[0]
+        os.seteuid(65534)
+        try:
+            save_adapter(model, Path(shared) / "adapter")
+        finally:
+            os.seteuid(0)
+        assert (leftover / files.WEIGHTS).exists() and (Path(shared) / "adapter").is_dir()
 
 
 def damage_tensor(directory, change):

@@ -155,6 +155,7 @@ def test_a_base_that_cannot_be_used(run, tmp_path, change, expected):
         ),
         (["adapter.init_from=nowhere"], "nowhere: is not an ABBA adapter"),
         (["checkpoint.resume=nowhere"], "nowhere is neither a checkpoint nor a run that has one"),
+        (["checkpoint.resume=nowhere" + 300 * "x"], "File name too long; "),
     ],
 )
 def test_an_adapter_that_does_not_fit(run, tmp_path, overrides, expected):

@@ -129,6 +129,13 @@ def test_bad_input_is_one_line(tmp_path, damage, expected):
     assert not (run / "report.html").is_file() and not list(run.glob(".report*"))
 
 
+@pytest.mark.parametrize("output", [".", "/"])
+def test_a_directory_without_a_name_is_no_page(tmp_path, output):
+    finished = report(tmp_path, made(tmp_path / "run"), "--output", output)
+    assert (finished.returncode, finished.stdout) == (66, "")
+    assert finished.stderr == f"checkpoint: {output}: cannot be written: Is a directory; choose another --output\n"
+
+
 def test_lines_lie_where_their_values_are():
     svg = chart([Line(0, "a", [(0, 0.0), (10, 5.0), (20, 10.0)])], from_zero=True)
     left, middle, right = (tuple(map(float, at.split(","))) for at in re.search('points="(.*?)"', svg)[1].split())
