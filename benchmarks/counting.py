@@ -21,11 +21,13 @@ def count_reads() -> Counter[str]:
 
 
 def count_communication() -> Counter[str]:
-    """`gathered`: what this rank receives from all-gathers; `reduced`: what it gives to reduce-scatters."""
+    """`gathered`: what this rank receives from all-gathers; `reduced`: what it gives to reduce-scatters; and how many
+    `gathers` there are."""
     moved, gather, reduce = Counter(), TorchBackend.all_gather_into_tensor, TorchBackend.reduce_scatter_tensor
 
     def gathering(self: TorchBackend, output_tensor: Any, input_tensor: Any, *arguments: Any, **named: Any) -> Any:
         moved["gathered"] += output_tensor.nbytes
+        moved["gathers"] += 1
         return gather(self, output_tensor, input_tensor, *arguments, **named)
 
     def reducing(self: TorchBackend, output_tensor: Any, input_tensor: Any, *arguments: Any, **named: Any) -> Any:

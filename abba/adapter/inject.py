@@ -116,8 +116,7 @@ def counted(model: nn.Module, targets: Mapping[str, nn.Linear]) -> InjectionRepo
 
 def factor_shapes(linear: nn.Linear, config: AdapterConfig) -> Factors:
     """The shape of each factor of a module, as Factors of tuples."""
-    out, into = linear.out_features, linear.in_features
-    return Factors((config.r1, into), (out, config.r1), (config.r2, into), (out, config.r2))
+    return Factors(**config.factor_shapes(linear.out_features, linear.in_features))
 
 
 def check_factors(name: str, factors: Factors, linear: nn.Linear, config: AdapterConfig) -> None:

@@ -26,6 +26,7 @@ from abba.checkpoint.slices import slice_bounds
 from abba.errors import RecipeError, first_line
 from abba.sharded.owned_keys import SWITCHES
 from abba.sharded.ranks import Ranks, refuse_hierarchy
+from abba.sharded.replicated import replicate
 
 
 def engine_config(
@@ -135,7 +136,7 @@ def start_engine(
     for name, parameter in trainable_parameters(engine):
         for kind in (MASTER, *MOMENTS) if step else (MASTER,):
             _set_local(parameter, kind, read(kind, name, *_bounds(parameter)))
-    _replicate(engine, added)
+    replicate(engine, added)
     return engine
 
 
@@ -210,17 +211,3 @@ def _set_local(parameter: nn.Parameter, kind: str, values: Tensor) -> None:
         parameter.ds_secondary_tensor = None  # of hierarchical partitioning; DeepSpeed too drops it at every step
     else:
         safe_set_local_optimizer_state(parameter, local, kind)
-
-
-def _replicate(engine: deepspeed.DeepSpeedEngine, added: set[int]) -> None:
-    """Keep what was `added` to the base (factors) and 1-D tensors whole on every rank.
-
-    DeepSpeed persists by size alone. At 70B a factor has up to 458,752 elements, so its default threshold of 1e5 keeps
-    1.3% of them, and a threshold large enough for all might keep small base matrices too; hence by name.
-    """
-    persistent = engine.optimizer.parameter_offload.persistent_parameters
-    for parameter in engine.module.parameters():
-        if id(parameter) in added or len(parameter.ds_shape) == 1:
-            parameter.ds_persist = True
-            persistent.append(parameter)
-    persistent[0].all_gather(persistent)

@@ -92,15 +92,15 @@ def factor_file(
     sums = torch.stack([place_sums(w.ds_tensor, w.ds_numel, ranks.rank, ranks.world_size) for w in weights])
     sums = sums.to(weights[0].device)
     dist.all_reduce(sums)
-    r1, r2, modules, shapes = config.r1, config.r2, [], {}
+    modules, shapes = [], {}
     for (name, linear), of_weight in zip(targets.items(), sums.tolist(), strict=True):
         out, into = linear.out_features, linear.in_features
         modules.append([name, out, into, *(f"{number % 2**64:016x}" for number in of_weight)])
-        shapes |= {(name, "A1"): (r1, into), (name, "B1"): (out, r1), (name, "A2"): (r2, into)}
+        shapes |= {(name, f): shape for f, shape in config.factor_shapes(out, into).items() if f in KEPT}
     parts = {
         "version": [FORMAT_VERSION, torch.__version__, _kind(weights[0].device)],
         "svd": {"oversampling": OVERSAMPLING, "power_iterations": POWER_ITERATIONS},
-        "factors": {"r1": r1, "r2": r2, "seed": seed, "init": config.init},
+        "factors": {"r1": config.r1, "r2": config.r2, "seed": seed, "init": config.init},
         "dtype": str(weights[0].ds_tensor.dtype),
         "modules": modules,
     }

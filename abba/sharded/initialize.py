@@ -12,6 +12,7 @@ from torch import nn
 from abba.adapter.config import AdapterConfig
 from abba.adapter.files import read_factors
 from abba.adapter.initialize import Factors, initial_factors, seed_for
+from abba.adapter.inject import factor_shapes
 from abba.errors import CheckpointError, RecipeError
 from abba.sharded.factor_cache import FactorFile, factor_file
 from abba.sharded.ranks import Ranks
@@ -43,7 +44,7 @@ def starting_factors(
     if factors is not None:
         say(f"factors: read from {file.path} in {time.monotonic() - started:.1f} s")
         return factors
-    factors = factors_of_sharded(targets, config.r1, config.r2, seed, ranks.rank, ranks.world_size, config.init)
+    factors = factors_of_sharded(targets, config, seed, ranks)
     drawn = "drawn" if config.init == "kaiming" else "computed by SVD"
     made = f"{drawn} in {time.monotonic() - started:.1f} s"
     if file is None:
@@ -72,7 +73,7 @@ def _kept(
     if not found:
         return None
     return {
-        name: _broadcast(kept.pop(name) if ranks.is_main else None, 0, linear, config.r1, config.r2)
+        name: _broadcast(kept.pop(name) if ranks.is_main else None, 0, linear, config)
         for name, linear in targets.items()
     }
 
@@ -94,7 +95,7 @@ def _of_adapter(
 
 
 def factors_of_sharded(
-    targets: Mapping[str, nn.Linear], r1: int, r2: int, seed: int, rank: int, world_size: int, init: str = "svd"
+    targets: Mapping[str, nn.Linear], config: AdapterConfig, seed: int, ranks: Ranks
 ) -> dict[str, Factors]:
     """fp32 factors of every target, the same on every rank and bit-equal at any world size.
 
@@ -103,26 +104,25 @@ def factors_of_sharded(
     """
     factors: dict[str, Factors] = {}
     pairs = list(targets.items())
-    for first in range(0, len(pairs), world_size):
-        group = pairs[first : first + world_size]
+    for first in range(0, len(pairs), ranks.world_size):
+        group = pairs[first : first + ranks.world_size]
         kept = None
         for owner, (_, linear) in enumerate(group):
             with deepspeed.zero.GatheredParameters([linear.weight]):
-                if rank == owner:
+                if ranks.rank == owner:
                     kept = linear.weight.detach().clone()
         mine = None
         if kept is not None:
-            mine = initial_factors(kept, r1, r2, seed_for(group[rank][0], seed), init)
+            mine = initial_factors(kept, config.r1, config.r2, seed_for(group[ranks.rank][0], seed), config.init)
             del kept
         for owner, (name, linear) in enumerate(group):
-            factors[name] = _broadcast(mine if rank == owner else None, owner, linear, r1, r2)
+            factors[name] = _broadcast(mine if ranks.rank == owner else None, owner, linear, config)
     return factors
 
 
-def _broadcast(mine: Factors | None, owner: int, linear: nn.Linear, r1: int, r2: int) -> Factors:
+def _broadcast(mine: Factors | None, owner: int, linear: nn.Linear, config: AdapterConfig) -> Factors:
     """The owner's factors on every rank, on its device."""
-    out, into = linear.out_features, linear.in_features
-    shapes = Factors((r1, into), (out, r1), (r2, into), (out, r2))
+    shapes = factor_shapes(linear, config)
     sizes = [a * b for a, b in shapes]
     if mine is not None:
         flat = torch.cat([factor.flatten() for factor in mine]).to(linear.weight.device)

@@ -21,6 +21,7 @@ from deepspeed.utils import safe_get_local_fp32_param
 import abba.adapter.linear
 import abba.sharded.engine
 import abba.sharded.initialize
+import abba.sharded.replicated
 import abba.training.loop
 import abba.training.resume
 
@@ -34,6 +35,7 @@ result = {
     "svd": {},
     "svds": 0,
     "layer_forwards": [],
+    "refresh_gathers": [],
     "gathered_bytes": [],
     "reduced_bytes": [],
     "allocated_bytes": {},
@@ -72,6 +74,17 @@ def watch_engine() -> None:
         return engine
 
     abba.sharded.engine.start_engine = started
+
+
+def watch_refreshes() -> None:
+    gather_whole = abba.sharded.replicated.gather_whole
+
+    def counted(parameters):
+        before = moved["gathers"]
+        gather_whole(parameters)
+        result["refresh_gathers"].append(moved["gathers"] - before)
+
+    abba.sharded.replicated.gather_whole = counted
 
 
 def watch_gathers(engine) -> None:
@@ -181,6 +194,7 @@ def digest(tensor: torch.Tensor) -> str:
 if __name__ == "__main__":
     output = Path(sys.argv.pop(1))
     watch_engine()
+    watch_refreshes()
     watch_svd()
     watch_layers()
     code = program.main()

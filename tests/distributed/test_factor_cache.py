@@ -38,9 +38,12 @@ def decomposed(monkeypatch):
     """The names of modules whose weights were decomposed."""
     names = []
 
-    def dense(targets, r1, r2, seed, rank, world_size, init):
+    def dense(targets, config, seed, ranks):
         names.extend(targets)
-        return {name: initial_factors(of.weight, r1, r2, seed_for(name, seed), init) for name, of in targets.items()}
+        return {
+            name: initial_factors(of.weight, config.r1, config.r2, seed_for(name, seed), config.init)
+            for name, of in targets.items()
+        }
 
     monkeypatch.setattr(abba.sharded.initialize, "factors_of_sharded", dense)
     return names

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from abba import AdapterConfig, inject, load_adapter
 from abba.adapter.linear import abba_modules
 from abba.checkpoint.format import ShardReader, list_checkpoints, read_state
+from abba.sharded.replicated import GATHERED_AT_ONCE
 from abba.storage import SafetensorsFile
 from abba.training.batches import BatchPlan, split_rows
 from abba.training.tokens import TokenizedRows
@@ -122,6 +123,13 @@ def test_no_factor_is_gathered_in_forward_or_backward_and_the_base_always_is(run
         micro_batches, matrices = 8 // world, 2 * 7 + 2
         # Twice each: forward, and backward, where checkpointing recomputes; the embedding is not needed in backward.
         assert min(rank["gathered_base"][1:]) >= micro_batches * (2 * matrices - 2)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_few_gathers_make_all_factors_whole_after_an_update(runs, world):
+    factors, norms = 2 * 7 * 4, 2 * 2 + 1
+    for rank in at_world(runs, world)[1]:
+        assert rank["refresh_gathers"] == [-(-(factors + norms) // GATHERED_AT_ONCE)] * (1 + STEPS) == [2] * (1 + STEPS)
 
 
 def test_factors_by_svd_are_bit_equal_at_every_world_size(runs, base):
