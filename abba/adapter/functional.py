@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 def khatri_rao_a(a1_RI: Tensor, a2_QI: Tensor) -> Tensor:
     """A_kr (R*Q, I): every product of a row of A1 with a row of A2."""
-    return (a1_RI[:, None, :] * a2_QI[None, :, :]).flatten(0, 1)
+    return (a1_RI.unsqueeze(1) * a2_QI).flatten(0, 1)
 
 
 def khatri_rao_b(b1_OR: Tensor, b2_OQ: Tensor) -> Tensor:
     """B_kr (O, R*Q): every product of a column of B1 with a column of B2."""
-    return (b1_OR[:, :, None] * b2_OQ[:, None, :]).flatten(1, 2)
+    return (b1_OR.unsqueeze(2) * b2_OQ.unsqueeze(1)).flatten(1, 2)
 
 
 def delta_weight(a1_RI: Tensor, b1_OR: Tensor, a2_QI: Tensor, b2_OQ: Tensor, scale: float) -> Tensor:
@@ -81,8 +81,8 @@ class AbbaLinearFunction(torch.autograd.Function):
             # Gradients of the two Khatri-Rao factors; the product rule takes them apart.
             da_RQI = (dh_TK.T @ x_TI).view(r, q, i)
             db_ORQ = (dy_TO.T @ h_TK).view(o, r, q)
-            da1 = torch.einsum("rqi,qi->ri", da_RQI, a2_QI)
-            da2 = torch.einsum("rqi,ri->qi", da_RQI, a1_RI)
-            db1 = torch.einsum("orq,oq->or", db_ORQ, scaled_b2_OQ)
-            db2 = torch.einsum("orq,or->oq", db_ORQ, b1_OR).mul_(ctx.scale)
+            da1 = (da_RQI * a2_QI).sum(1)
+            da2 = (da_RQI * a1_RI.unsqueeze(1)).sum(0)
+            db1 = torch.bmm(db_ORQ, scaled_b2_OQ.unsqueeze(2)).squeeze(2)
+            db2 = (db_ORQ * b1_OR.unsqueeze(2)).sum(1).mul_(ctx.scale)
         return dx, da1, db1, da2, db2, None, None, None
