@@ -14,7 +14,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 
 def khatri_rao_a(a1_RI: Tensor, a2_QI: Tensor) -> Tensor:
@@ -30,6 +29,15 @@ def khatri_rao_b(b1_OR: Tensor, b2_OQ: Tensor) -> Tensor:
 def delta_weight(a1_RI: Tensor, b1_OR: Tensor, a2_QI: Tensor, b2_OQ: Tensor, scale: float) -> Tensor:
     """The update itself (O, I), for merging and inspection; training never forms it."""
     return (b1_OR @ a1_RI).mul_(b2_OQ @ a2_QI).mul_(scale)
+
+
+def frozen_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """The product with the frozen weight, (T, O).
+
+    Not F.linear: DeepSpeed puts an autograd function in its place, which costs the host more than a small product, and
+    rounds a bias once more where x has three dimensions.
+    """
+    return x_TI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, x_TI, weight_OI.T)
 
 
 class AbbaLinearFunction(torch.autograd.Function):
@@ -54,8 +62,8 @@ class AbbaLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        h_TK = F.linear(x_TI, khatri_rao_a(a1_RI, a2_QI))
-        y_TO = F.linear(x_TI, weight(), bias)
+        h_TK = x_TI @ khatri_rao_a(a1_RI, a2_QI).T
+        y_TO = frozen_linear(x_TI, weight(), bias)
         y_TO.addmm_(h_TK, khatri_rao_b(b1_OR, b2_OQ * scale).T)
         ctx.save_for_backward(x, h_TK, a1_RI, b1_OR, a2_QI, b2_OQ)
         ctx.scale, ctx.weight = scale, weight

@@ -6,10 +6,9 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from abba.adapter.config import AdapterConfig
-from abba.adapter.functional import AbbaLinearFunction, delta_weight
+from abba.adapter.functional import AbbaLinearFunction, delta_weight, frozen_linear
 from abba.adapter.initialize import Factors, initial_factors, seed_for
 from abba.errors import RecipeError
 
@@ -78,8 +77,7 @@ class AbbaLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.bypassed:
-            # On two dimensions, as the adapted product: DeepSpeed's F.linear rounds once more where there are three.
-            y_TO = F.linear(input.reshape(-1, input.shape[-1]), self.base_weight(), self.bias)
+            y_TO = frozen_linear(input.reshape(-1, input.shape[-1]), self.base_weight(), self.bias)
             return y_TO.view(*input.shape[:-1], y_TO.shape[-1])
         return AbbaLinearFunction.apply(input, *self.factors, self.scale, self.base_weight, self.bias)
 
