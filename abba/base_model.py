@@ -1,6 +1,5 @@
 """A base model: where it lies, its tokenizer, its architecture, and loading it whole in one process."""
 
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
 from transformers.utils.logging import disable_progress_bar
 
 from abba.base_config import check_config, check_tokenizer_config
@@ -32,6 +32,7 @@ disable_progress_bar()
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CAPPING_FLASH_ATTENTION = "2.6.0"  # the first that caps attention logits
 DTYPE_CHOICES = ("auto", *DTYPES)
 
 
@@ -93,7 +94,10 @@ def load_tokenizer(directory: Path) -> Any:
             found = tokenizer_class_from_name(name)
             if not isinstance(found, type) or not issubclass(found, PreTrainedTokenizerBase):
                 raise CheckpointError(f"{directory}: its tokenizer_class {str(name)[:100]!r} is none of transformers'")
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        # Mistral's tokenizers of this kind were published with a wrong splitting, which transformers mends when asked;
+        # asked, it also keeps to tokenizer.json where mistral_common is installed.
+        mended = {"fix_mistral_regex": True} if is_file(directory / "tekken.json") else {}
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **mended)
 
 
 def load_config(directory: Path) -> PretrainedConfig:
@@ -115,6 +119,7 @@ def build_empty(directory: Path, dtype: torch.dtype, attention: str) -> PreTrain
         RecipeError: the attention implementation is not installed.
     """
     config = load_config(directory)
+    _require_flash_attention(attention)
     with _named(directory, "its config.json does not make a causal LM"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
@@ -128,8 +133,10 @@ def load_whole(directory: Path, dtype: torch.dtype, attention: str, **placement:
 
     Raises:
         CheckpointError: config.json is refused, there are no safetensors, or they are damaged or do not fit.
+        RecipeError: the attention implementation is not installed.
     """
     check_config(directory)
+    _require_flash_attention(attention)
     with BaseFiles(directory):  # every header is checked before the library, which checks less, opens the files
         pass
     with _named(directory, "cannot be loaded"):
@@ -174,22 +181,34 @@ def choose_attention(config: PretrainedConfig, wanted: str, device_type: str, dt
     """(implementation, why) for `wanted`, which may be "auto".
 
     Raises:
-        RecipeError: `wanted` is sdpa, which would leave out the cap that this architecture puts on attention logits.
+        RecipeError: `wanted` would leave out the cap that this architecture puts on attention logits.
     """
     cap = getattr(config, "attn_logit_softcapping", None)
-    if wanted == "sdpa" and cap:
+    flash_caps = not cap or is_flash_attn_greater_or_equal(CAPPING_FLASH_ATTENTION)
+    old_flash = wanted.startswith("flash") and device_type == "cuda" and not flash_caps
+    if cap and (wanted == "sdpa" or old_flash):
+        name = f"flash-attn before {CAPPING_FLASH_ATTENTION}" if old_flash else wanted
         raise RecipeError(
-            f"model.attn_implementation: sdpa cannot cap attention logits at {cap:g}, as {config.model_type} does; "
+            f"model.attn_implementation: {name} cannot cap attention logits at {cap:g}, as {config.model_type} does; "
             "write auto or eager"
         )
     if wanted != "auto":
         return wanted, "the recipe says so"
-    flash = importlib.util.find_spec("flash_attn") is not None
+    flash = is_flash_attn_2_available() and flash_caps
     if device_type == "cuda" and flash and dtype != torch.float32:
         return "flash_attention_2", "flash-attn is installed"
     if cap:
         return "eager", "this architecture caps attention logits, which sdpa would leave out"
     return "sdpa", "there is no GPU" if device_type != "cuda" else "flash-attn is not installed or does not do fp32"
+
+
+def _require_flash_attention(attention: str) -> None:
+    """transformers would fetch a kernel, code of the Hub, in place of a flash-attn that is not installed."""
+    if attention.startswith("flash") and not is_flash_attn_2_available():
+        raise RecipeError(
+            f"model.attn_implementation: {attention} needs a GPU and flash-attn 2.3.3 or newer, which is not there; "
+            "write auto"
+        )
 
 
 @contextmanager
@@ -199,7 +218,5 @@ def _named(directory: Path, what: str) -> Iterator[None]:
         yield
     except AbbaError:
         raise
-    except ImportError as error:
-        raise RecipeError(f"model.attn_implementation: {first_line(error)}; write auto or sdpa") from None
     except Exception as error:
         raise CheckpointError(f"{directory}: {what}: {first_line(error)}") from None

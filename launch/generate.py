@@ -41,7 +41,7 @@ def answer(arguments: argparse.Namespace) -> None:
     from abba.adapter.linear import bypass
     from abba.base_model import DTYPES, choose_dtype, load_tokenizer
     from abba.evaluation.engine import visible_gpus
-    from abba.evaluation.generate import generate_greedy, load_for_generation
+    from abba.evaluation.generate import generate_greedy, load_for_generation, stop_ids
     from abba.evaluation.subject import opened
     from abba.text.encode import encode_prompt
 
@@ -56,8 +56,9 @@ def answer(arguments: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(subject.base)
         memory = dict.fromkeys(range(gpus.count), gpus.usable)
         model = load_for_generation(subject.base, subject.adapter, DTYPES[dtype], memory)
+        stops = stop_ids(subject.base, tokenizer, subject.prompt)
     for prompt in [arguments.prompt] if arguments.prompt is not None else typed():
-        asked = (encode_prompt(tokenizer, [prompt], subject.prompt), [[0]], arguments.max_new_tokens)
+        asked = (encode_prompt(tokenizer, [prompt], subject.prompt), [[0]], arguments.max_new_tokens, stops)
         with bypass(model):
             (_, plain), *_ = generate_greedy(model, tokenizer, *asked)
         print(f"--- base\n{plain}")

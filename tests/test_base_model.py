@@ -1,29 +1,74 @@
-"""What a base model is computed in, where the user leaves it to us."""
+"""The base model's tokenizer and attention: what is loaded, what is chosen, what is refused."""
+
+import json
 
 import pytest
+import tokenizers
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
-from abba import base_model
-from abba.base_model import choose_dtype
+from abba.base_model import build_empty, choose_attention, load_tokenizer, load_whole
+from abba.errors import CheckpointError, RecipeError
+from tests.distributed.ranks import TINY
 
 
 @pytest.mark.parametrize(
-    "wanted, is_fast, chosen, said",
+    "family, wanted, device, dtype, flash, chosen",
     [
-        ("auto", True, "bfloat16", ""),
-        ("auto", False, "float32", "float32, because this CPU has no instructions for bfloat16"),
-        ("bfloat16", True, "bfloat16", ""),
-        ("bfloat16", False, "bfloat16", "WARNING: this CPU has no instructions for bfloat16"),
-        ("float32", True, "float32", ""),
-        ("float32", False, "float32", ""),
+        ("llama", "auto", "cpu", torch.bfloat16, True, "sdpa"),
+        ("llama", "auto", "cuda", torch.bfloat16, True, "flash_attention_2"),
+        ("llama", "auto", "cuda", torch.float32, True, "sdpa"),
+        ("llama", "auto", "cuda", torch.bfloat16, False, "sdpa"),
+        ("gemma2", "auto", "cuda", torch.bfloat16, False, "eager"),
+        ("gemma2", "auto", "cuda", torch.bfloat16, True, "flash_attention_2"),
+        ("gemma2", "auto", "cuda", torch.bfloat16, "2.5.9", "eager"),
+        ("llama", "auto", "cuda", torch.bfloat16, "2.5.9", "flash_attention_2"),
+        ("gemma2", "eager", "cpu", torch.bfloat16, True, "eager"),
+        ("gemma2", "flash_attention_2", "cuda", torch.bfloat16, True, "flash_attention_2"),
+        ("llama", "sdpa", "cuda", torch.bfloat16, True, "sdpa"),
     ],
 )
-def test_auto_is_what_is_fast_here(monkeypatch, wanted, is_fast, chosen, said):
-    monkeypatch.setattr(base_model, "_has_fast_bfloat16", lambda: is_fast)
-    name, note = choose_dtype(wanted)
-    assert name == chosen and note.startswith(said) and bool(note) == bool(said)
+def test_attention_is_chosen_with_a_reason(monkeypatch, family, wanted, device, dtype, flash, chosen):
+    monkeypatch.setattr("abba.base_model.is_flash_attn_2_available", lambda: bool(flash))
+    monkeypatch.setattr("abba.base_model.is_flash_attn_greater_or_equal", lambda version: flash is True)
+    attention, why = choose_attention(AutoConfig.for_model(family), wanted, device, dtype)
+    assert attention == chosen and why
 
 
-def test_gpus_are_fast(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_dtype("auto") == ("bfloat16", "")
+@pytest.mark.parametrize("wanted, named", [("sdpa", "sdpa"), ("flash_attention_2", "flash-attn before 2.6.0")])
+def test_an_attention_that_cannot_cap_logits_is_the_recipes_mistake(wanted, named):
+    config = AutoConfig.for_model("gemma2")
+    with pytest.raises(
+        RecipeError,
+        match=rf"model\.attn_implementation: {named} cannot cap .* 50, as gemma2 does; write auto or eager$",
+    ):
+        choose_attention(config, wanted, "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("load", [build_empty, load_whole])
+def test_flash_attention_that_is_not_there_is_not_fetched_from_the_hub(load):
+    with pytest.raises(RecipeError, match=r"model\.attn_implementation: flash_attention_2 needs .*; write auto$"):
+        load(TINY, torch.float32, "flash_attention_2")
+
+
+def test_a_library_that_a_tokenizer_lacks_is_not_blamed_on_attention(monkeypatch):
+    def lacking(*arguments, **named):
+        raise ImportError("\nThe tokenizer requires the protobuf library but it was not found.\n")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lacking)
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded: .*requires the protobuf library"):
+        load_tokenizer(TINY)
+
+
+@pytest.mark.parametrize("tekken", [False, True])
+def test_the_wrong_splitting_of_mistrals_tekken_tokenizers_is_mended(tmp_path, tekken):
+    model = tokenizers.models.BPE({f"t{number}": number for number in range(100_001)}, [])
+    published = tokenizers.Tokenizer(model)
+    published.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.ByteLevel(use_regex=True)])
+    published.save(str(tmp_path / "tokenizer.json"))
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t1"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "transformers_version": "4.42.0"}))
+    if tekken:
+        (tmp_path / "tekken.json").write_text("{}")
+    assert (r"\p{Lu}" in str(load_tokenizer(tmp_path).backend_tokenizer.pre_tokenizer)) == tekken

@@ -48,8 +48,9 @@ def _what(description: AdapterDescription) -> str:
 
 def _method(description: AdapterDescription) -> str:
     config = description.config
+    stored = description.dtype or "each tensor in the base's own dtype"
     if description.format == FULL:
-        return "Every parameter of the base was trained. Each tensor in the base's own dtype."
+        return f"Every parameter of the base was trained. Stored: {stored}."
     if not isinstance(config, AdapterConfig):
         return f"PEFT's {config.summary}, {len(description.modules)} modules. Stored in {description.dtype}."
     rank = description.lora_rank
@@ -65,7 +66,6 @@ def _method(description: AdapterDescription) -> str:
             f"Stored as the closest LoRA of rank {rank}, which keeps {kept.overall:.2%} of ||delta W||_F^2 "
             f"(least in {kept.worst_module}: {kept.worst:.2%})"
         )
-    stored = description.dtype or "each tensor in the base's own dtype"
     return (
         f"delta W = s (B1 A1) * (B2 A2), r1 = {config.r1}, r2 = {config.r2}, alpha = {config.alpha:g}, "
         f"s = {config.scale:g}, {len(description.modules)} modules. {form}. {stored[0].upper()}{stored[1:]}."
@@ -111,8 +111,12 @@ def _scores(description: AdapterDescription, scores: Mapping[str, Any] | None) -
     shown += ("prompt", "dtype", "max_new_tokens", "engine")
     named = {key: scores[key] for key in shown if key in scores}
     config = description.config
-    own = description.format == FULL or (description.format, description.dtype) == (config.default_format, "float32")
-    note = "Greedy generation:" if own else "Of the run's own adapter, in LoHa form and fp32:"
+    if description.format == FULL:
+        own, result = description.dtype is None, "model, in the base's own dtype"
+    else:
+        own = (description.format, description.dtype) == (config.default_format, "float32")
+        result = f"adapter, in {PEFT_NAMES[config.default_format]} form and fp32"
+    note = "Greedy generation:" if own else f"Of the run's own {result}:"
     return ["## Scores", note, _block(named)]
 
 

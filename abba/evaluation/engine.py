@@ -49,10 +49,14 @@ def plan_answers(
     engine: str,
     batch_size: int,
     max_new_tokens: int,
+    stops: list[int],
     dtype: torch.dtype,
     say: Callable[[str], None],
 ) -> Plan:
     """Choose the engine for these prompts, which are token ids, and say which it is.
+
+    Args:
+        stops: token ids that end an answer.
 
     Raises:
         RecipeError: see `require_engine`.
@@ -64,7 +68,9 @@ def plan_answers(
     tokens = max(map(len, prompts)) + max_new_tokens
     gpus = visible_gpus()
     demands, most = _measure(base, description, min(batch_size, len(prompts)), tokens, dtype, gpus.count)
-    placement = choose(engine, gpus, most, demands, why_not_vllm(rank, dtype))
+    # Only where it could be taken: the import of vLLM takes seconds, and memory of the GPU.
+    refusal = why_not_vllm(rank, dtype) if engine == "vllm" or (engine == "auto" and gpus.count) else None
+    placement = choose(engine, gpus, most, demands, refusal)
     say(placement.line)
     name, count = placement.engine, placement.gpus
     made_by = {"engine": name, "engine_version": vllm_version() if name == "vllm" else version(name), "gpus": count}
@@ -74,14 +80,14 @@ def plan_answers(
             limits["gpu_memory_utilization"] = gpus.usable / gpus.total
 
         def generate(batches: list[list[int]]) -> Iterator[tuple[int, str]]:
-            return generate_with_vllm(base, adapter, tokenizer, prompts, batches, max_new_tokens, dtype, limits)
+            return generate_with_vllm(base, adapter, tokenizer, prompts, batches, max_new_tokens, stops, dtype, limits)
 
         return Plan(made_by, batches_by_length(prompts, GROUPS * batch_size), generate)
     for_weights = demands[name].for_weights(gpus.usable)
 
     def generate(batches: list[list[int]]) -> Iterator[tuple[int, str]]:
         model = load_for_generation(base, adapter, dtype, dict.fromkeys(range(count), for_weights))
-        return generate_greedy(model, tokenizer, prompts, batches, max_new_tokens)
+        return generate_greedy(model, tokenizer, prompts, batches, max_new_tokens, stops)
 
     return Plan(made_by, batches_by_length(prompts, batch_size), generate)
 

@@ -10,8 +10,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from abba.adapter.files import load_adapter
 from abba.base_model import choose_attention, load_config, load_whole
 from abba.errors import CheckpointError, first_line
-from abba.storage import in_gb
-from abba.text.encode import padding_id
+from abba.storage import in_gb, is_file, read_json
+from abba.text.chat import ChatTemplate
+from abba.text.encode import eos_id, padding_id
+from abba.text.prompt import CHAT
 
 
 def load_for_generation(
@@ -36,16 +38,43 @@ def load_for_generation(
             f"{base}: its layers do not fit into {[in_gb(size) for size in for_weights.values()]} of memory; "
             "use more or larger GPUs, or a smaller batch size"
         )
-    # A base may bring penalties and beams of its own, which would change what "greedy" means.
+    # A base may bring penalties and beams of its own, which would change what "greedy" means; its stops are `stop_ids`.
     model.generation_config = GenerationConfig()
     if adapter is not None:
         load_adapter(model, adapter)
     return model
 
 
+def stop_ids(base: Path, tokenizer: Any, prompt: str | None) -> list[int]:
+    """What ends an answer: the tokenizer's EOS, what the base's generation_config.json adds, a turn's end in a chat.
+
+    Args:
+        prompt: a name of abba.text.prompt; None: of somebody else's.
+
+    Raises:
+        CheckpointError: generation_config.json is damaged.
+    """
+    stops, path = {eos_id(tokenizer)}, base / "generation_config.json"
+    if is_file(path):
+        settings = read_json(path)
+        own = settings.get("eos_token_id", []) if isinstance(settings, dict) else ""
+        own = own if isinstance(own, list) else [] if own is None else [own]
+        if not all(isinstance(number, int) and number >= 0 for number in own):
+            raise CheckpointError(f"{path}: its eos_token_id is neither a token's number nor a list of them")
+        stops |= set(own)
+    if prompt == CHAT:
+        stops |= ChatTemplate(tokenizer).turn_end()
+    return sorted(stops)
+
+
 @torch.inference_mode()
 def generate_greedy(
-    model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]], batches: list[list[int]], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    batches: list[list[int]],
+    max_new_tokens: int,
+    stops: list[int],
 ) -> Iterator[tuple[int, str]]:
     """(index, generated text) for the prompts, given as token ids, that each batch names by their indices."""
     padding = padding_id(tokenizer)
@@ -57,7 +86,7 @@ def generate_greedy(
             ids[line, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[line, longest - len(prompts[index]) :] = 1
         settings = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=padding
         )
         try:
             output = model.generate(

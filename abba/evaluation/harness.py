@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from abba.base_model import load_tokenizer
 from abba.errors import CheckpointError, DataError, RecipeError, first_line
 from abba.evaluation.engine import visible_gpus
-from abba.evaluation.generate import load_for_generation
+from abba.evaluation.generate import load_for_generation, stop_ids
 from abba.evaluation.grading import Z_95
 from abba.evaluation.subject import Subject
 from abba.sharded.ranks import Ranks
 from abba.storage import make_directory, write_json
+from abba.text.encode import padding_id
 
 PREFIX = "lm-eval:"
 
@@ -52,6 +54,9 @@ def run_harness(
     make_directory(output, "output directory")
     tokenizer, gpus = load_tokenizer(subject.base), visible_gpus()
     model = load_for_generation(subject.base, subject.adapter, dtype, dict.fromkeys(range(gpus.count), gpus.usable))
+    # The harness itself ends an answer of a batch at the longest one's stop, and would grade what follows EOS.
+    stops, padding = stop_ids(subject.base, tokenizer, None), padding_id(tokenizer)
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=padding)
     say(f"{task}: by lm_eval {version('lm_eval')}, with its prompts; it does not continue when killed")
     found = _evaluate(model, tokenizer, task.removeprefix(PREFIX).split(","), data, limit, batch_size, max_new_tokens)
     scores = {

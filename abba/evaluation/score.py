@@ -15,6 +15,7 @@ import torch
 from abba.base_model import load_tokenizer
 from abba.errors import CheckpointError
 from abba.evaluation.engine import Plan, plan_answers
+from abba.evaluation.generate import stop_ids
 from abba.evaluation.grading import Grade, grade_all, wilson
 from abba.evaluation.kept import Kept
 from abba.evaluation.subject import Subject
@@ -60,6 +61,7 @@ def evaluate(
     tokenizer = load_tokenizer(subject.base)
     prompts = encode_prompt(tokenizer, [question.instruction for question in questions], subject.prompt)
     sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "dtype": dtype}
+    sizes["stops"] = stop_ids(subject.base, tokenizer, subject.prompt)
     plan = plan_answers(subject.base, subject.adapter, tokenizer, prompts, engine=engine, say=say, **sizes)
     settings = {"task": task, "n": len(questions), "prompt": subject.prompt, **subject.contents(), **sizes}
     settings |= {"dtype": str(dtype).removeprefix("torch."), "torch": version("torch")}

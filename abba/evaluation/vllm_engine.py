@@ -37,6 +37,7 @@ def generate_with_vllm(
     prompts: list[list[int]],
     batches: list[list[int]],
     max_new_tokens: int,
+    stops: list[int],
     dtype: torch.dtype,
     limits: dict[str, Any],
 ) -> Iterator[tuple[int, str]]:
@@ -72,9 +73,7 @@ def generate_with_vllm(
                 generation_config="vllm",  # and not the base's own penalties and beams
                 **limits,
             )
-        greedy = SamplingParams(
-            temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=[tokenizer.eos_token_id], detokenize=False
-        )
+        greedy = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=stops, detokenize=False)
         for chosen in batches:
             asked = [{"prompt_token_ids": prompts[index]} for index in chosen]
             with _named(base):

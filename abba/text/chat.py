@@ -96,6 +96,22 @@ class ChatTemplate:
             raise RecipeError(f"the prompt {CHAT}: {error}") from None
         return self._encode(texts)
 
+    def turn_end(self) -> set[int]:
+        """The token with which the template ends a turn of the assistant; empty where it writes none.
+
+        Raises:
+            RecipeError: the template refuses the shortest conversation.
+        """
+        said = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
+        try:
+            (ids,) = self._encode([self._render(said, False)])
+        except ValueError as error:
+            raise RecipeError(f"the prompt {CHAT}: {error}") from None
+        stop = self._end_of_turn(ids)
+        if ids[stop - 1] == self._tokenizer.eos_token_id:
+            stop = self._end_of_turn(ids[: stop - 1])  # an EOS that Phi's template writes where all ends
+        return {ids[stop - 1]} & self._special
+
     def encode_conversation(self, messages: list[Message]) -> tuple[list[int], list[tuple[int, int]]]:
         """(token ids, [start, stop) of what is learned): every turn of the assistant with its end, and nothing else.
 

@@ -55,6 +55,12 @@ def test_the_harness_gets_the_model_with_its_adapter_and_its_result_is_kept(harn
     assert harness.asked[0] == {"tasks": ["first_word"], "limit": 2, "gen_kwargs": {"max_gen_toks": 6}, "path": None}
 
 
+def test_an_answer_ends_at_eos(harness, tmp_path):
+    run(tmp_path, max_new_tokens=120)
+    answers = [json.loads(line)["resps"][0][0] for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    assert all(answer.count("</s>") == 1 and answer.endswith("</s>") for answer in answers), answers
+
+
 @pytest.mark.parametrize(
     "changes, error, said",
     [

@@ -124,7 +124,7 @@ def test_memory_that_runs_out_while_generating_is_named(monkeypatch):
 
     monkeypatch.setattr(model, "generate", full)
     with pytest.raises(CheckpointError, match=r"out of GPU memory with 2 sequences of .* use a smaller batch size$"):
-        list(generate_greedy(model, load_tokenizer(TINY), [[1, 5], [1, 7]], [[0, 1]], 8))
+        list(generate_greedy(model, load_tokenizer(TINY), [[1, 5], [1, 7]], [[0, 1]], 8, [2]))
 
 
 SHAPES = {

@@ -78,6 +78,13 @@ def test_every_turn_of_the_assistant_is_learned_with_its_end_and_nothing_else(ki
     assert ids[:own] == whole[:own]
 
 
+def test_the_token_that_ends_a_turn_is_a_stop(kind):
+    tokenizer = with_template(TEMPLATES[kind])
+    own = {tokenizer.convert_tokens_to_ids("<|end|>")} if ENDS[kind] == "<|end|>" else set()
+    assert ChatTemplate(tokenizer).turn_end() <= {*own, tokenizer.eos_token_id}
+    assert ChatTemplate(tokenizer).turn_end() >= own
+
+
 def test_scoring_asks_with_the_tokens_that_training_masked(kind, tmp_path):
     tokenizer = with_template(TEMPLATES[kind])
     rows = [{"question": " How many? ", "answer": "7 "}, {"question": "Why?\n", "answer": "So."}]

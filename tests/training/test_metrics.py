@@ -5,12 +5,8 @@ import json
 import time
 
 import pytest
-import torch
 from rich.console import Console
-from transformers import AutoConfig
 
-from abba.base_model import choose_attention
-from abba.errors import RecipeError
 from abba.training import metrics
 from abba.training.processes import own_start_time
 from abba.training.startup import Startup
@@ -86,30 +82,3 @@ def test_the_parts_of_a_start_add_up_to_all_of_it():
         "model",
     ]
     assert startup.seconds["imports"] > startup.seconds["model"] >= 0 and startup.total >= sum(startup.seconds.values())
-
-
-@pytest.mark.parametrize(
-    "family, wanted, device, dtype, flash, chosen",
-    [
-        ("llama", "auto", "cpu", torch.bfloat16, True, "sdpa"),
-        ("llama", "auto", "cuda", torch.bfloat16, True, "flash_attention_2"),
-        ("llama", "auto", "cuda", torch.float32, True, "sdpa"),
-        ("llama", "auto", "cuda", torch.bfloat16, False, "sdpa"),
-        ("gemma2", "auto", "cuda", torch.bfloat16, False, "eager"),
-        ("gemma2", "eager", "cpu", torch.bfloat16, True, "eager"),
-        ("gemma2", "flash_attention_2", "cuda", torch.bfloat16, True, "flash_attention_2"),
-        ("llama", "sdpa", "cuda", torch.bfloat16, True, "sdpa"),
-    ],
-)
-def test_attention_is_chosen_with_a_reason(monkeypatch, family, wanted, device, dtype, flash, chosen):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if flash else None)
-    attention, why = choose_attention(AutoConfig.for_model(family), wanted, device, dtype)
-    assert attention == chosen and why
-
-
-def test_an_attention_that_cannot_cap_logits_is_the_recipes_mistake():
-    config = AutoConfig.for_model("gemma2")
-    with pytest.raises(
-        RecipeError, match=r"model\.attn_implementation: sdpa cannot cap .* 50, .*; write auto or eager$"
-    ):
-        choose_attention(config, "sdpa", "cuda", torch.bfloat16)
