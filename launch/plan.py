@@ -83,7 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
     from abba.planning.job import Cluster
     from abba.planning.plan import nearest, plan
     from abba.planning.report import as_dict, grid, refusal, table
-    from abba.sharded.ranks import Ranks, refuse_hierarchy
     from abba.training.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, RECIPES)
@@ -99,7 +98,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         print(grid(job, cluster, TABLE_GPUS, TABLE_MEMORIES))
         return 0
-    refuse_hierarchy(job.sharding.hpz, Ranks(world_size=cluster.gpus, local_world_size=arguments.gpus_per_node))
     planned = plan(job, cluster)
     rows = arguments.rows or rows_of(recipe)
     steps = steps_of(recipe, rows)

@@ -8,6 +8,7 @@ from abba.errors import RecipeError
 from abba.planning.job import Cluster, Job
 from abba.planning.memory import GIB, disk_parts, gpu_parts, host_parts
 from abba.planning.speed import Times, Traffic, flop, times, traffic
+from abba.sharded.ranks import Ranks, refuse_hierarchy
 
 MOST_GPUS = 1024  # that are suggested
 MOST_SUGGESTIONS = 3
@@ -18,18 +19,17 @@ class Plan:
     """What a job needs on a cluster.
 
     Raises:
-        RecipeError: the GPUs do not share the global batch, or do not form groups of hpz.
+        RecipeError: the GPUs do not share the global batch, or hpz does not suit them.
     """
 
     job: Job
     cluster: Cluster
 
     def __post_init__(self) -> None:
-        hpz = self.job.sharding.hpz
-        if self.job.accumulation and (hpz > self.job.gpus or self.job.gpus % hpz):
-            raise RecipeError(
-                f"deepspeed.zero_optimization.zero_hpz_partition_size: {self.job.gpus} GPUs do not form groups of {hpz}"
-            )
+        _ = self.job.accumulation  # raises
+        refuse_hierarchy(
+            self.job.sharding.hpz, Ranks(world_size=self.cluster.gpus, local_world_size=self.cluster.gpus_per_node)
+        )
 
     @cached_property
     def gpu(self) -> dict[str, int]:

@@ -122,8 +122,8 @@ def test_the_least_time_is_a_bound():
 @pytest.mark.parametrize("memory", [8, 24, 48, 80])
 @pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
 def test_what_is_suggested_fits_and_is_needed(size, gpus, memory, checkpointing):
-    cluster = Cluster(gpus_per_node=gpus, gpu_memory_gib=memory)
-    wanted = plan(job(size, checkpointing=checkpointing, sharding=Sharding(hpz=gpus)), cluster)
+    cluster = Cluster(nodes=2, gpus_per_node=gpus, gpu_memory_gib=memory)
+    wanted = plan(job(size, checkpointing=checkpointing, micro_batch=2, sharding=Sharding(hpz=gpus)), cluster)
     suggestions = [] if wanted.fits else nearest(wanted)
     for text, other in suggestions:
         assert other.fits and other.gib <= other.cluster.gpu_memory_gib
@@ -155,13 +155,15 @@ def test_a_wide_evaluation_can_be_what_does_not_fit():
 def test_a_batch_or_a_group_that_cannot_be_shared_is_refused():
     with pytest.raises(RecipeError, match="32 cannot be shared by 3 GPUs in micro-batches of 4"):
         plan(job(), Cluster(gpus_per_node=3))
-    with pytest.raises(RecipeError, match="8 GPUs do not form groups of 3"):
-        plan(job(sharding=Sharding(hpz=3)), NODE)
+    with pytest.raises(RecipeError, match="8: all 8 ranks are on one node, which needs no copy"):
+        plan(job(sharding=Sharding(hpz=8)), NODE)
+    with pytest.raises(RecipeError, match="4 is not the 8 ranks of this node"):
+        plan(job(micro_batch=2, sharding=Sharding(hpz=4)), Cluster(nodes=2))
 
 
 def test_the_explanation_has_a_line_with_the_result_for_every_part():
-    other = job("70B", checkpointing="selective", sharding=Sharding(hpz=8))
-    for planned in (plan(job(), NODE), plan(other, NODE), plan(job(checkpointing="none", eval_batch=256), NODE)):
+    other = job("70B", micro_batch=2, checkpointing="selective", sharding=Sharding(hpz=8))
+    for planned in (plan(job(), NODE), plan(other, Cluster(nodes=2)), plan(job(checkpointing="none", eval_batch=256), NODE)):
         text = explain(planned)
         for part, size in planned.gpu.items():
             assert not size or any(
