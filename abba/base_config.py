@@ -87,7 +87,10 @@ def _check_key(path: Path, key: str, value: Any) -> None:
     if value is None:  # saved by transformers for what is not there
         return
     if key in REFUSED:
-        raise CheckpointError(f"{path}: {key}: {REFUSED[key]}; remove this key if the model does without it")
+        raise CheckpointError(
+            f"{path}: {key}: {REFUSED[key]}; if the model does without it, use a copy of this directory in which the "
+            "key is removed"
+        )
     if key.startswith("_") and key not in HARMLESS:
         raise CheckpointError(f"{path}: {key[:100]!r}: sets a variable inside transformers; remove this key")
     for pattern, most in LIMITS:

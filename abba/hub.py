@@ -74,7 +74,7 @@ class HubRepository:
         """What a user can type to fetch it."""
         kind = " --repo-type dataset" if self.kind == "dataset" else ""
         revision = f" --revision {self.revision}" if self.revision else ""
-        others = " --exclude 'original/*' --exclude 'consolidated*'" if self.kind == "model" else ""
+        others = " --exclude '*/*' --exclude 'consolidated*' --exclude '*.bin'" if self.kind == "model" else ""
         return f"hf download{kind} {self.name}{revision}{others}"
 
     def _snapshot(self, **how: bool):

@@ -29,8 +29,7 @@ def run_program(work: Callable[[], int | None], prefix: str = "", after_interrup
     except AbbaError as error:
         return exit_with(error, prefix)
     except PermissionError as error:
-        which = f"{error.filename}: cannot be read: {error.strerror}"
-        return exit_with(CheckpointError(f"{which}; change its permissions"), prefix)
+        return exit_with(CheckpointError(f"{error.filename}: {error.strerror}; change its permissions"), prefix)
     except KeyboardInterrupt:
         advice = f"; {after_interrupt}" if after_interrupt else ""
         print(f"{prefix}interrupted{advice}", file=sys.stderr, flush=True)

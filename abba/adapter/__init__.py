@@ -1,1 +1,1 @@
-"""The method: ABBA layers, their initialisation, injection and files. torch and safetensors only."""
+"""The method: ABBA layers, their initialisation, injection and files. torch, safetensors, and PEFT for its methods."""

@@ -14,7 +14,7 @@ from abba.adapter.directory import ABBA_CONFIG
 from abba.adapter.files import read_factors
 from abba.adapter.initialize import Factors
 from abba.checkpoint.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed_checkpoint
-from abba.checkpoint.format import KINDS, MANIFEST, ShardReader, newest_valid, read_state, verify
+from abba.checkpoint.format import MANIFEST, MASTER, ShardReader, newest_valid, read_state, verify
 from abba.errors import CheckpointError, RecipeError
 from abba.storage import is_there, read_json
 
@@ -131,7 +131,7 @@ def open_checkpoint(directory: Path) -> Iterator[FactorSource]:
     state = read_state(directory)
     provenance = {key: getattr(state, key) for key in ("step", "world_size", "recipe", "fingerprint")}
     with ShardReader(directory, state) as reader:
-        read = partial(reader.read, KINDS[0])
+        read = partial(reader.read, MASTER)
         yield FactorSource(directory, state.adapter, state.modules, state.base_model, provenance, read, state.tensors)
 
 

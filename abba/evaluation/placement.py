@@ -65,7 +65,7 @@ def choose(
     """One GPU if the model fits there, else as many as the engine can use; vLLM before transformers where it can.
 
     Args:
-        wanted: one of ENGINES.
+        wanted: vllm, transformers or auto.
         most: engine -> how many GPUs it can split this model over.
         demands: engine -> what it needs.
         refusal: why vLLM does not serve this model here, or None. Not None when vLLM is wanted is the caller's mistake.

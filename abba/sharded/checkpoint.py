@@ -93,18 +93,19 @@ def _rotated(root: Path, keep: int, step: int) -> dict[str, str]:
 
 
 def newest_valid_together(
-    candidates: list[Path], ranks: Ranks, device: torch.device, report: Callable[[str], None]
+    candidates: list[Path], ranks: Ranks, device: torch.device, passed_over: Callable[[str], None]
 ) -> Path | None:
     """The last of `candidates`, the same on every rank, that verifies; each rank hashes its share. Collective.
 
-    Each later one that does not verify is reported, with the file at fault.
+    Args:
+        passed_over: told of each later one that does not verify, and of the file at fault.
     """
     for directory in reversed(candidates):
         try:
             agree(lambda where=directory: format.verify(where, ranks.rank, ranks.world_size), device)
             return directory
         except CheckpointError as error:
-            report(f"checkpoint: WARNING: passed over {directory}: {error.reason}")
+            passed_over(f"{directory}: {error.reason}")
     return None
 
 

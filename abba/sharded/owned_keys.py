@@ -32,6 +32,8 @@ OWNED_KEYS = {
     "zero_optimization.stage": "the base is always sharded, stage 3",
     "zero_optimization.stage3_param_persistence_threshold": "replicated are the factors and the 1-D tensors, by name",
     "zero_optimization.mics_shard_size": "sharded loading fills zero_hpz_partition_size's second copy: use that",
+    "zero_optimization.leaf_module": "whole layers gathered at once are let go before their backward is done",
+    "zero_optimization.stage3_module_granularity_threshold": "it gathers whole layers at once, see leaf_module",
     "zero_optimization.zero_quantized_weights": "it would quantise the frozen base silently",
     "zero_optimization.zero_quantized_nontrainable_weights": "it would quantise the frozen base silently",
     "zero_optimization.zero_quantized_gradients": "gradients are reduced in fp32",

@@ -67,7 +67,7 @@ def start_process_group(ranks: Ranks, timeout_seconds: int = 1800) -> torch.devi
         )
     if on_cpu:
         return torch.device("cpu")
-    return torch.device(accelerator.device_name(_device_index(ranks.local_rank, accelerator.device_count())))
+    return torch.device(accelerator.device_name(index))
 
 
 def _refuse_lost_gpus(ranks: Ranks) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from abba.errors import RecipeError
@@ -43,6 +43,17 @@ def refuse_packing(model_type: str) -> None:
         raise RecipeError(
             f"data.packing: rows on one line are known to stay apart in {', '.join(ATTENDING)} only, not in "
             f"{model_type}; set data.packing=false, and train.group_by_length=true to pad less"
+        )
+
+
+def refuse_shared_positions(config: PretrainedConfig) -> None:
+    """Raises RecipeError for rotary embeddings whose frequencies follow the longest row of a batch."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if found := kinds & {"dynamic", "longrope"}:
+        raise RecipeError(
+            f"model.name_or_path: this base's rope_type {found.pop()} chooses its frequencies by the longest row of a "
+            "batch, so that a row's loss would depend on its neighbours; take a base without it, such as Phi-3's 4k one"
         )
 
 

@@ -21,7 +21,7 @@ from abba.base_model import (
     load_tokenizer,
 )
 from abba.sharded.engine import checked_section
-from abba.training.attention import line_tokens, refuse_packing
+from abba.training.attention import line_tokens, refuse_packing, refuse_shared_positions
 from abba.training.data_report import data_report
 from abba.training.mixture import Mixture
 from abba.training.prepare import (
@@ -52,13 +52,14 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     config = load_config(base)
+    refuse_shared_positions(config)
     if recipe.data.packing:
         refuse_packing(config.model_type)
     tokenizer = load_tokenizer(base)
     dtype, attention = DTYPES[choose_dtype(recipe.model.dtype)[0]], recipe.model.attn_implementation
     attention, _ = choose_attention(config, attention, "cpu", dtype)
     with torch.device("meta"):
-        model = build_empty(base, dtype, attention)
+        model = build_empty(base, dtype, "eager")  # for its shapes: flash-attn is not needed here
     adapter = recipe.adapter.config()
     full = isinstance(adapter, FullConfig)
     targets = {} if full else find_targets(model, adapter)

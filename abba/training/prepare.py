@@ -14,7 +14,7 @@ from abba.base_model import find_base, hub_model, load_config, load_tokenizer
 from abba.errors import CheckpointError, RecipeError
 from abba.text.encode import padding_id
 from abba.text.rows import RowSource, hub_dataset
-from abba.training.attention import refuse_packing
+from abba.training.attention import refuse_packing, refuse_shared_positions
 from abba.training.batches import BatchPlan, split_rows
 from abba.training.data_section import DataSection
 from abba.training.mixture import Mixture, epoch_rows
@@ -93,10 +93,11 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     Raises:
         CheckpointError: the base model cannot be found, or the tokens cannot be written.
         DataError: a dataset cannot be used.
-        RecipeError: two sources are the same, a chat template is needed and there is none, or the base cannot pack.
+        RecipeError: two sources are the same, a chat template is needed and there is none, or rows would not be apart.
     """
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     config = load_config(base)
+    refuse_shared_positions(config)
     if recipe.data.packing:
         refuse_packing(config.model_type)
     vocabulary = config.get_text_config().vocab_size

@@ -105,10 +105,10 @@ def find_resume_point(
     if candidates and resume != "auto" and where == root:
         say(f"checkpoint: {root} has checkpoints of its own; checkpoint.resume={resume} was for the first start")
 
-    def passed_over(line: str) -> None:
+    def passed_over(reason: str) -> None:
         if strict:
-            raise CheckpointError(f"{line.removeprefix('checkpoint: WARNING: passed over ')}; checkpoint.strict is set")
-        say(line)
+            raise CheckpointError(f"{reason}; checkpoint.strict is set")
+        say(f"checkpoint: WARNING: passed over {reason}")
 
     directory = newest_valid_together(candidates, ranks, device, passed_over)
     if directory is not None:

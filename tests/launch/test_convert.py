@@ -115,7 +115,7 @@ sys.exit(convert.main())
         command = [sys.executable, "-c", lines, f"{directory}/run"]
         ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 66, ended.stderr
-    assert "cannot be read: Permission denied; change its permissions" in ended.stderr
+    assert "Permission denied; change its permissions" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

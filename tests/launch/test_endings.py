@@ -18,7 +18,7 @@ PROGRAMS = {
 }
 ENDS = [
     (RecipeError("as it was told"), 64, "recipe: as it was told"),
-    (PermissionError(13, "Permission denied", "/x"), 66, "checkpoint: /x: cannot be read: Permission denied; change"),
+    (PermissionError(13, "Permission denied", "/x"), 66, "checkpoint: /x: Permission denied; change"),
     (KeyboardInterrupt(), 130, "interrupted"),
 ]
 

@@ -163,7 +163,8 @@ def test_a_batch_or_a_group_that_cannot_be_shared_is_refused():
 
 def test_the_explanation_has_a_line_with_the_result_for_every_part():
     other = job("70B", micro_batch=2, checkpointing="selective", sharding=Sharding(hpz=8))
-    for planned in (plan(job(), NODE), plan(other, Cluster(nodes=2)), plan(job(checkpointing="none", eval_batch=256), NODE)):
+    wide = job(checkpointing="none", eval_batch=256)
+    for planned in (plan(job(), NODE), plan(other, Cluster(nodes=2)), plan(wide, NODE)):
         text = explain(planned)
         for part, size in planned.gpu.items():
             assert not size or any(

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_packing_on_an_architecture_that_cannot_is_refused_before_anything_is_lo
             start(recipe(granite, "data.packing=true"))
     assert not tokenised
     assert len(prepare(recipe(granite), True, print)[2]) == 80
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_frequencies_that_follow_the_longest_row_are_refused(recipe, base, tokenised, rope_type):
+    llama = base("llama")
+    path = Path(llama.partition("=")[2]) / "config.json"
+    config = json.loads(path.read_text())
+    factors = {"factor": 2.0} if rope_type == "dynamic" else {"short_factor": [1.0], "long_factor": [1.0]}
+    config["rope_parameters"] = {"rope_type": rope_type, "rope_theta": 1e4, **factors}
+    path.write_text(json.dumps(config))
+    for start in (lambda recipe: prepare(recipe, True, print), lambda recipe: dry_run(recipe, 1)):
+        with pytest.raises(RecipeError, match=rf"model\.name_or_path: this base's rope_type {rope_type} chooses"):
+            start(recipe(llama))
+    assert not tokenised
 
 
 def test_a_dry_run_refuses_an_attention_that_the_base_cannot_take(recipe, base):

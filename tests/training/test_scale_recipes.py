@@ -58,6 +58,14 @@ def test_other_numbers_of_gpus_are_refused(name, world, overrides):
 @pytest.mark.parametrize(
     "override, said",
     [
+        (
+            "deepspeed.zero_optimization.leaf_module={classes: [LlamaDecoderLayer]}",
+            "leaf_module cannot be set here: whole layers gathered",
+        ),
+        (
+            "deepspeed.zero_optimization.stage3_module_granularity_threshold=10000",
+            "stage3_module_granularity_threshold cannot be set here: it gathers whole layers",
+        ),
         (HPZ.format("eight"), "zero_hpz_partition_size: 'eight': Input should be a valid integer"),
         (HPZ.format(-8), "zero_hpz_partition_size: -8: Input should be greater than or equal to 0"),
         (HPZ.format(5), "zero_hpz_partition_size: 5 does not divide the 16 ranks; set it to 1 or 8"),
