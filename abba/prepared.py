@@ -1,12 +1,14 @@
-"""Files that one start makes and later ones use, of any run: whole or absent, and saying their own hash."""
+"""Files written beside their place and put there whole, and what killed writers leave; files that say their own hash,
+which one start makes and later ones use, of any run.
+"""
 
 import hashlib
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,24 +19,31 @@ from abba.storage import Spec, write_safetensors
 KILLED_WHILE_WRITING_SECONDS = 3600  # what was last written so long ago has no writer any more
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be written within: at the end it takes the place of `path`, or after an error is gone."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError, ValueError):  # the first error says more
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_prepared(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file that can be verified. It appears whole or not at all; of two writers the later stays.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     layout = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    try:
-        remove_leftovers(path.parent, f".{path.name.partition('-')[0]}-*.tmp-*")
+    remove_leftovers(path.parent, f".{path.name.partition('-')[0]}-*.tmp-*")
+    with replacing(path) as temporary:
         write_safetensors(
             temporary, layout, tensors.values(), {**metadata, "sha256": content_digest(tensors, metadata)}
         )
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

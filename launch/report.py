@@ -8,8 +8,6 @@ Without --output it is report.html in the first run's directory; a page that sta
 found where launch/evaluate.py was told to write them in a directory of the run.
 """
 
-import contextlib
-import os
 import sys
 from pathlib import Path
 
@@ -29,6 +27,7 @@ def main() -> int:
 
 
 def write_report(paths: list[Path], output: Path, samples: int) -> Path:
+    from abba.prepared import replacing
     from abba.report.page import page
     from abba.report.run import read_run
 
@@ -38,13 +37,10 @@ def write_report(paths: list[Path], output: Path, samples: int) -> Path:
     for run in runs:
         for warning in run.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        temporary.write_text(page(runs))
-        os.replace(temporary, output)
+        with replacing(output) as temporary:
+            temporary.write_text(page(runs))
     except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            temporary.unlink()
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{output}: cannot be written: {reason}; choose another --output") from error
     return output

@@ -65,8 +65,8 @@ def run(
     accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)
     dtype = DTYPES[recipe.model.dtype]
     config = engine_config(dtype, micro_batch, accumulation, settings.max_grad_norm, recipe.deepspeed, ranks)
-    refuse_score(recipe)
     if ranks.is_main:
+        refuse_score(recipe)
         refuse_no_start(recipe.adapter.init_from, recipe.checkpoint.resume, directory.checkpoints)
 
     # Data: tokenised by launch/prepare.py, or now by rank 0 before anyone joins; the others find the result on disk.

@@ -38,6 +38,7 @@ from abba.adapter.inject import check_factors, inject
 from abba.adapter.linear import abba_modules
 from abba.adapter.truncate import truncate
 from abba.errors import CheckpointError
+from abba.prepared import replacing
 from abba.storage import SafetensorsFile, Spec, inside, read_json, write_json, write_safetensors
 
 
@@ -89,14 +90,11 @@ def rewrite_card(directory: Path, scores: Mapping[str, Any]) -> None:
         CheckpointError: the directory is none of ours, or cannot be written.
     """
     card = model_card(read_description(directory), scores)
-    temporary = directory / f".{CARD}.tmp-{os.getpid()}"
     try:
-        temporary.write_text(card)
-        os.replace(temporary, directory / CARD)
+        with replacing(directory / CARD) as temporary:
+            temporary.write_text(card)
     except OSError as error:
         raise CheckpointError(f"{directory / CARD}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def verify_adapter(directory: Path) -> AdapterSummary:

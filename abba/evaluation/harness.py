@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +12,14 @@ import torch
 from transformers import GenerationConfig
 
 from abba.base_model import load_tokenizer
-from abba.errors import CheckpointError, DataError, RecipeError, first_line
+from abba.errors import DataError, RecipeError, first_line
 from abba.evaluation.engine import visible_gpus
 from abba.evaluation.generate import load_for_generation, stop_ids
 from abba.evaluation.grading import Z_95
+from abba.evaluation.result import write_result
 from abba.evaluation.subject import Subject
 from abba.sharded.ranks import Ranks
-from abba.storage import make_directory, write_json
+from abba.storage import make_directory
 from abba.text.encode import padding_id
 
 PREFIX = "lm-eval:"
@@ -76,7 +76,8 @@ def run_harness(
         "max_new_tokens": max_new_tokens,
     }
     samples = [{"task": name, **sample} for name, rows in found["samples"].items() for sample in rows]
-    _write(output, samples, scores)
+    # Samples and results of a task may hold what only Python knows.
+    write_result(output, *json.loads(json.dumps([samples, scores], default=str)))
     return scores
 
 
@@ -142,13 +143,3 @@ def _with_intervals(result: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, float) and isinstance(error, float):
             intervals[f"{metric}_95,{chosen}"] = [value - Z_95 * error, value + Z_95 * error]
     return {**result, **intervals}
-
-
-def _write(output: Path, samples: list[dict[str, Any]], scores: dict[str, Any]) -> None:
-    try:
-        temporary = output / f".generations.tmp-{os.getpid()}"
-        temporary.write_text("".join(f"{json.dumps(sample, default=str)}\n" for sample in samples))
-        os.replace(temporary, output / "generations.jsonl")
-        write_json(output / "scores.json", json.loads(json.dumps(scores, default=str)))
-    except OSError as error:
-        raise CheckpointError(f"{output}: cannot be written: {error.strerror}") from error

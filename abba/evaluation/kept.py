@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from abba.errors import CheckpointError, RankLostError, first_line
+from abba.prepared import replacing
 from abba.sharded.ranks import Ranks
 from abba.storage import make_directory, read_json, write_json
 
@@ -104,9 +105,8 @@ class Kept:
             for name in ("scores.json", "generations.jsonl"):  # until they are written anew
                 (self.output / name).unlink(missing_ok=True)
             if not path.is_file():
-                temporary = self.directory / f".settings.tmp-{os.getpid()}"
-                write_json(temporary, settings)
-                os.replace(temporary, path)
+                with replacing(path) as temporary:
+                    write_json(temporary, settings)
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot be written: {error.strerror}") from error
         return discarded

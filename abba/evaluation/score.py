@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, astuple
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +17,10 @@ from abba.evaluation.engine import Plan, plan_answers
 from abba.evaluation.generate import stop_ids
 from abba.evaluation.grading import Grade, grade_all, wilson
 from abba.evaluation.kept import Kept
+from abba.evaluation.result import write_result
 from abba.evaluation.subject import Subject
 from abba.evaluation.tasks import TASKS, Question, load_questions, tasks_of
 from abba.sharded.ranks import Ranks
-from abba.storage import write_json
 from abba.text.encode import encode_prompt
 
 
@@ -84,7 +83,7 @@ def evaluate(
     }
     origin |= {"step": subject.step, "model": str(subject.base), "gpus": plan.made_by["gpus"]}
     scores = {**_summary(task, questions, texts, grades), **settings, **origin}
-    _write(output, questions, texts, grades, scores)
+    write_result(output, _records(questions, texts, grades), scores)
     return scores
 
 
@@ -148,25 +147,14 @@ def _of_one(graded: list[tuple[Question, str, Grade]]) -> dict[str, Any]:
     }
 
 
-def _write(
-    output: Path, questions: list[Question], texts: list[str], grades: Iterable[Grade], scores: dict[str, Any]
-) -> None:
-    """Both files, each whole or not at all; scores.json last."""
-    lines = []
+def _records(questions: list[Question], texts: list[str], grades: list[Grade]) -> list[dict[str, Any]]:
+    records = []
     for question, text, grade in zip(questions, texts, grades, strict=True):
         record = asdict(question) | {"generated": text}
         record |= {"extracted": grade.strict, "correct": grade.strict_right}
         record |= {"flexible": grade.flexible, "flexible_correct": grade.flexible_right}
-        lines.append(json.dumps(record | ({"undecided": grade.undecided} if grade.undecided else {})))
-    try:
-        temporary = output / f".generations.tmp-{os.getpid()}"
-        temporary.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(temporary, output / "generations.jsonl")
-        temporary = output / f".scores.tmp-{os.getpid()}"
-        write_json(temporary, scores)
-        os.replace(temporary, output / "scores.json")
-    except OSError as error:
-        raise CheckpointError(f"{output}: cannot be written: {error.strerror}; the same command tries again") from error
+        records.append(record | ({"undecided": grade.undecided} if grade.undecided else {}))
+    return records
 
 
 def _hash(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Initial factors kept by one start for the next: the same bits, read only where they belong, never trusted unread."""
 
+import os
 import random
 import resource
 import threading
@@ -191,18 +192,18 @@ def test_a_run_goes_on_where_nothing_can_be_kept(alone, decomposed, tmp_path):
 def test_two_that_write_at_once_leave_one_whole_file(alone, decomposed, monkeypatch, tmp_path):
     factors, _ = start(None)
     file, both = factor_file(tmp_path, linears(), AdapterConfig(4, 3), 5, Ranks()), threading.Barrier(2)
-    replace = abba.prepared.os.replace
+    replace = os.replace
 
     def meeting(*arguments):
         both.wait(20)
         replace(*arguments)
 
-    monkeypatch.setattr(abba.prepared.os, "replace", meeting)
+    monkeypatch.setattr(os, "replace", meeting)
     killed, alive = (tmp_path / f".factors-x.safetensors.tmp-{name}" for name in ("old", "new"))
     for leftover, age in ((killed, KILLED_WHILE_WRITING_SECONDS + 60), (alive, 0)):
         leftover.write_text("")
         written = leftover.stat().st_mtime - age
-        abba.prepared.os.utime(leftover, (written, written))
+        os.utime(leftover, (written, written))
     writers = [threading.Thread(target=file.write, args=(factors,)) for _ in range(2)]
     for writer in writers:
         writer.start()

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 import evaluate as program
 
 import abba.evaluation.grading
-import abba.evaluation.score
+import abba.evaluation.result
 from abba.evaluation.kept import Kept
 
 row, point = int(sys.argv.pop(1)), sys.argv.pop(1)
-add, grade, write_json, done = Kept.add, abba.evaluation.grading._grade, abba.evaluation.score.write_json, []
+add, grade, done = Kept.add, abba.evaluation.grading._grade, []
 
 
 def die() -> None:
@@ -50,7 +50,7 @@ def dying_grade(*arguments):
 if point == "grade":
     abba.evaluation.grading._grade = dying_grade
 elif point == "between":
-    abba.evaluation.score.write_json = lambda *_: die()
+    abba.evaluation.result.write_json = lambda *_: die()
 else:
     Kept.add = dying_add
 
