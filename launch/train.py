@@ -85,8 +85,7 @@ def run(
 
     # Resume: the newest valid checkpoint of this run, or none.
     wanted = recipe.checkpoint
-    resume = directory.resume_of(wanted.resume, ranks.job, ranks.requeued)
-    resumed = find_resume_point(resume, wanted.strict, directory.checkpoints, ranks, device, say)
+    resumed = find_resume_point(wanted.resume, wanted.strict, directory.checkpoints, ranks, device, say)
     attention, _ = choose_attention(load_config(base), recipe.model.attn_implementation, device.type, dtype)
     identity = fingerprint(recipe.model_dump(mode="json"), data.sha256, base, attention)
     if resumed is not None:
@@ -282,6 +281,7 @@ def main() -> int:
         resume = directory.resume_of(wanted, ranks.job, ranks.requeued)
         if resume != wanted:
             say(f"checkpoint: this job was requeued and goes on; checkpoint.resume={wanted} was for its first start")
+            recipe = recipe.with_resume(resume)
         held = directory.held(resume, overwrite, ranks.job, say) if ranks.is_main else nullcontext()
         with held as world.start:
             run(recipe, ranks, directory, world, watch, startup, say)

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +34,11 @@ def inject_baseline(
         RecipeError: see `find_targets`; or peft is not installed.
     """
     try:
-        from peft import inject_adapter_in_model
+        from peft import get_peft_config, inject_adapter_in_model
     except ImportError:
         raise RecipeError(f"adapter.method: {config.method}: {PEFT_MISSING}") from None
     targets = find_targets(model, config)
-    peft_config = _peft_config(config)
+    peft_config = get_peft_config({**config.peft_options, "target_modules": ["linear"]})
     model.requires_grad_(False)
     for name, linear in targets.items():
         holder = nn.ModuleDict({"linear": linear})
@@ -69,7 +68,7 @@ def read_elsewhere(
             yield layer.lora_magnitude_vector["default"], read
 
 
-def load_baseline(model: nn.Module, directory: Path) -> None:
+def load_by_peft(model: nn.Module, directory: Path) -> None:
     """Put a saved adapter into a model in place, by PEFT itself, in the model's dtype.
 
     Raises:
@@ -94,23 +93,6 @@ def attach(model: nn.Module, config: BaselineConfig, factors: Mapping[str, Seque
     for name, shape in report.shapes.items():
         for factor, value in zip(config.factor_shapes(*shape), factors[name], strict=True):
             model.get_parameter(f"{name}.{factor}").copy_(value)
-
-
-def _peft_config(config: BaselineConfig) -> Any:
-    from peft import HiraConfig, LoHaConfig, LoraConfig
-
-    if config.method == "hira":
-        return HiraConfig(r=config.r, hira_dropout=config.dropout, target_modules=["linear"])
-    if config.method == "loha":
-        return LoHaConfig(r=config.r, alpha=config.alpha, target_modules=["linear"])
-    return LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        use_rslora=config.method == "rslora",
-        use_dora=config.method == "dora",
-        target_modules=["linear"],
-    )
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

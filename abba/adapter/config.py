@@ -122,6 +122,17 @@ class BaselineConfig:
         return "lora" if self.method == "rslora" else self.method
 
     @property
+    def peft_options(self) -> dict[str, Any]:
+        """What PEFT calls the method and its options."""
+        if self.method == "loha":
+            return {"peft_type": "LOHA", "r": self.r, "alpha": self.alpha}
+        if self.method == "hira":
+            return {"peft_type": "HIRA", "r": self.r, "hira_dropout": self.dropout}
+        variant = {"use_rslora": self.method == "rslora", "use_dora": self.method == "dora"}
+        options = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "bias": "none"}
+        return {"peft_type": "LORA", **options, **variant}
+
+    @property
     def lora_rank(self) -> int:
         """0: it has no form that serves as a LoRA."""
         return self.r if self.default_format == "lora" else 0

@@ -96,22 +96,12 @@ def peft_config(description: AdapterDescription) -> dict:
         "target_modules": _peft_targets(config, list(description.modules)),
     }
     if isinstance(config, BaselineConfig):
-        return {**_baseline_config(config), **common}
+        return {**config.peft_options, **common}
     if description.format == "loha":
         rank = max(config.r1, config.r2)
         return {"peft_type": "LOHA", "r": rank, "alpha": config.scale * rank, **common}
     rank = description.lora_rank
     return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "lora_dropout": 0.0, **common}
-
-
-def _baseline_config(config: BaselineConfig) -> dict:
-    if config.method == "loha":
-        return {"peft_type": "LOHA", "r": config.r, "alpha": config.alpha}
-    if config.method == "hira":
-        return {"peft_type": "HIRA", "r": config.r, "hira_dropout": config.dropout}
-    variant = {"use_rslora": config.method == "rslora", "use_dora": config.method == "dora"}
-    rank = {"r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none"}
-    return {"peft_type": "LORA", **rank, **variant}
 
 
 def _saved_name(live: str) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from abba.adapter import export
-from abba.adapter.baseline import load_baseline
+from abba.adapter.baseline import load_by_peft
 from abba.adapter.card import model_card
 from abba.adapter.config import AdapterConfig, BaselineConfig, FullConfig
 from abba.adapter.directory import (
@@ -199,7 +199,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> AdapterDescr
     description = read_description(Path(directory))
     if isinstance(description.config, BaselineConfig):
         _verified(Path(directory), description)
-        load_baseline(model, Path(directory))
+        load_by_peft(model, Path(directory))
         return description
     factors = _factors(Path(directory), description)
     present = abba_modules(model)

@@ -1,19 +1,17 @@
 """Does what was exported compute what the native layers compute? Asked of logits, in fp32."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from abba.adapter.baseline import attach
+from abba.adapter.baseline import attach, load_by_peft
 from abba.adapter.config import AdapterConfig, BaselineConfig
 from abba.adapter.directory import read_description
 from abba.adapter.initialize import Factors
 from abba.adapter.inject import inject
 from abba.base_model import load_config, load_whole
-from abba.errors import CheckpointError, first_line
 
 
 @torch.inference_mode()
@@ -24,19 +22,11 @@ def peft_difference(base: Path, adapter: Path, factors: Mapping[str, Sequence[Te
         factors: the fp32 factors that the adapter was made from; of a baseline, what PEFT's layers trained.
 
     Raises:
-        CheckpointError: peft is not installed, or finds tensors missing.
+        CheckpointError: see `load_by_peft`.
     """
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise CheckpointError("--verify with --base needs peft: pip install 'abba-recipes[export]'") from None
     expected = _native_logits(base, read_description(adapter).config, factors)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # to PEFT a missing tensor is a warning
-        try:
-            model = PeftModel.from_pretrained(load_whole(base, torch.float32, "eager"), adapter).eval()
-        except UserWarning as error:
-            raise CheckpointError(f"{adapter}: PEFT does not load all of it: {first_line(error)}") from None
+    model = load_whole(base, torch.float32, "eager")
+    load_by_peft(model, adapter)
     return _difference(model(_tokens(base)).logits, expected)
 
 

@@ -1,38 +1,24 @@
 """The recipe's section on what is trained: a method and its own options, none of another's."""
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
-from abba.adapter.config import SEVEN_LINEARS, AdapterConfig, BaselineConfig, FullConfig, MethodConfig
+from abba.adapter.config import (
+    INITS,
+    METHODS,
+    SCALES,
+    SEVEN_LINEARS,
+    AdapterConfig,
+    BaselineConfig,
+    FullConfig,
+    MethodConfig,
+)
+from abba.training.section import Count, Momentum, Positive, Section, Text, own_error
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Text = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00\n]*$")]  # a path, a name, a field
-
-
-class Section(BaseModel):
-    # strict: a text is never taken for a number; an int still passes for a float.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    def refuse(self, mistakes: dict[str, str]) -> None:
-        """For a validator, which ends with what it raises: what is wrong with each of these keys, all at once.
-
-        Raises:
-            ValidationError: unless there are none.
-        """
-        if mistakes:
-            errors = [(key, PydanticCustomError("adapter", "{why}", {"why": why})) for key, why in mistakes.items()]
-            lines = [InitErrorDetails(type=error, loc=tuple(key.split(".")), input=None) for key, error in errors]
-            raise ValidationError.from_exception_data(type(self).__name__, lines)
-
-
-ABBA_OPTIONS = {"r1": 16, "r2": 16, "alpha": 24.0, "scale_rule": "paper", "init": "svd"}
+WHERE = {"target_modules": list(SEVEN_LINEARS), "layer_range": None}  # of all methods but full
+ABBA_OPTIONS = {field.name: field.default for field in fields(AdapterConfig) if field.name not in WHERE}
 # Of each method: its options with their defaults. The parameters of r = 32 are those of r1 = r2 = 16 and of LoHa's 16.
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "abba": {**ABBA_OPTIONS, "init_from": None, "cache_factors": True},
@@ -41,19 +27,18 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "loha": {"r": 16, "alpha": 16.0},
     "full": {},
 }
-WHERE = {"target_modules": list(SEVEN_LINEARS), "layer_range": None}  # of all methods but full
 
 
 class AdapterSection(Section):
     """None: not an option of the method. `alpha` is ABBA's, or PEFT's of the method."""
 
-    method: Literal["abba", "lora", "rslora", "dora", "hira", "loha", "full"] = "abba"
+    method: Literal[METHODS] = "abba"
     r1: Positive | None = None
     r2: Positive | None = None
     r: Positive | None = None
     alpha: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
-    scale_rule: Literal["paper", "reference"] | None = None
-    init: Literal["svd", "kaiming", "reference"] | None = None
+    scale_rule: Literal[SCALES] | None = None
+    init: Literal[INITS] | None = None
     dropout: Momentum | None = None
     target_modules: list[str] | str | None = None
     layer_range: tuple[Count, Count] | None = None  # [first, stop): adapt these decoder layers only
@@ -94,14 +79,14 @@ class AdapterSection(Section):
     @classmethod
     def _names_something(cls, value: list[str] | str | None) -> list[str] | str | None:
         if value is not None and not value:
-            raise PydanticCustomError("adapter", "is empty; name modules such as q_proj, or write all-linear")
+            raise own_error("is empty; name modules such as q_proj, or write all-linear")
         return value
 
     @field_validator("layer_range")
     @classmethod
     def _holds_a_layer(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
         if value is not None and value[0] >= value[1]:
-            raise PydanticCustomError("adapter", "holds no layer; write [first, stop] with first < stop")
+            raise own_error("holds no layer; write [first, stop] with first < stop")
         return value
 
     def config(self) -> MethodConfig:

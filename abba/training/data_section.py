@@ -3,13 +3,11 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from abba.text.prompt import CHAT, DEFAULT_PROMPT, PROMPT_NAMES
-from abba.training.adapter_section import Count, Positive, Section, Text
+from abba.training.section import Count, Positive, Section, Text, own_error
 
 QUESTIONS = {"instruction_field": "question", "response_field": "answer"}  # of rows that hold no conversations
-SHARED = ("name", "revision", "split", *QUESTIONS, "input_field", "messages_field", "max_rows")
 
 
 class RowsSection(Section):
@@ -40,9 +38,11 @@ class RowsSection(Section):
                 "messages_field={field} holds whole conversations, so {key}={value} means nothing; leave it out, or "
                 "write {key}: null where it is set elsewhere"
             )
-            context = {"field": self.messages_field, "key": others[0], "value": getattr(self, others[0])}
-            raise PydanticCustomError("adapter", message, context)
+            raise own_error(message, field=self.messages_field, key=others[0], value=getattr(self, others[0]))
         return self
+
+
+SHARED = tuple(key for key in RowsSection.model_fields if key != "path")  # with sources; each has its own path
 
 
 class SourceSection(RowsSection):
@@ -82,10 +82,10 @@ class DataSection(RowsSection):
                     "path={path} is one source and sources are others; leave one out, or write data.path=null where a "
                     "recipe that is extended sets it"
                 )
-            raise PydanticCustomError("adapter", message, {"path": self.path or ""})
+            raise own_error(message, path=self.path or "")
         if self.prompt != CHAT and any(source.messages_field is not None for source in self.all_sources):
             message = "prompt={prompt} is not what conversations are written with; leave it out, or write prompt: chat"
-            raise PydanticCustomError("adapter", message, {"prompt": self.prompt})
+            raise own_error(message, prompt=self.prompt)
         return self
 
     @property

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from abba.errors import RecipeError
 from abba.sharded.owned_keys import FREE_KEYS, OWNED_KEYS
 from abba.storage import is_file
 from abba.text.graders import SUITES, members
-from abba.training.adapter_section import AdapterSection, Count, Momentum, Positive, Section, Seed, Share, Size, Text
+from abba.training.adapter_section import AdapterSection
 from abba.training.data_section import DataSection
+from abba.training.section import OWN, Count, Momentum, Positive, Section, Seed, Share, Size, Text, own_error
 from abba.training.yaml_file import read_recipe_file, suggestion
 
 
@@ -59,7 +59,7 @@ class TrainSection(Section):
         whole = info.data.get("global_batch_size", micro)
         if whole % micro:
             message = "global_batch_size {whole} is not a multiple of per_device_train_batch_size {micro}"
-            raise PydanticCustomError("batch", message, {"whole": whole, "micro": micro})
+            raise own_error(message, whole=whole, micro=micro)
         return micro
 
 
@@ -85,8 +85,8 @@ class EvaluateSection(Section):
     @classmethod
     def _is_known(cls, task: str) -> str:
         if not members(task):
-            known = {"task": repr(task), "near": suggestion(task, list(SUITES)), "all": ", ".join(SUITES)}
-            raise PydanticCustomError("adapter", "{task} is no task{near}; there are {all}", known)
+            known = {"near": suggestion(task, list(SUITES)), "all": ", ".join(SUITES)}
+            raise own_error("{task} is no task{near}; there are {all}", task=repr(task), **known)
         return task
 
 
@@ -107,6 +107,10 @@ class Recipe(Section):
         """The same with what `model.dtype` comes to on this machine."""
         return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
 
+    def with_resume(self, resume: str) -> "Recipe":
+        """The same with what `checkpoint.resume` is meant to be at this start."""
+        return self.model_copy(update={"checkpoint": self.checkpoint.model_copy(update={"resume": resume})})
+
     @property
     def factor_cache(self) -> Path | None:
         return Path(self.data.prepared_path) if self.adapter.cache_factors else None
@@ -124,7 +128,7 @@ class Recipe(Section):
         for key in value.keys() - FREE_KEYS - OWNED_KEYS.keys():
             mistakes.append(f"{key}: unknown key{suggestion(key, list(FREE_KEYS))}; known here: {', '.join(FREE_KEYS)}")
         if mistakes:
-            raise PydanticCustomError("owned", "{all}", {"all": "; ".join(mistakes)})
+            raise own_error("{all}", all="; ".join(mistakes))
         return value
 
     @model_validator(mode="after")
@@ -203,7 +207,7 @@ def _reason(mistake: dict[str, Any], where: str) -> str:
     if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
         wanted = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}[kind]
         return f"{value!r} is text, not {wanted}" + ("; write it without quotes" if _is_number(value) else "")
-    if kind in ("adapter", "batch", "owned"):
+    if kind == OWN:
         return mistake["msg"]
     if kind == "literal_error":
         return f"{value!r} is not one of {context['expected']}"

@@ -5,24 +5,20 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from abba.adapter.baseline import PEFT_MISSING
-from abba.adapter.config import BASELINES, AdapterConfig
+from abba.adapter.config import BASELINES
 from abba.adapter.directory import read_description
-from abba.adapter.initialize import Factors, seed_for
-from abba.adapter.inject import factor_shapes
+from abba.adapter.initialize import seed_for
 from abba.base_model import load_tokenizer
-from abba.checkpoint.format import MANIFEST, CheckpointState, ShardReader, list_checkpoints, read_state
+from abba.checkpoint.format import MANIFEST, CheckpointState, list_checkpoints, read_state
 from abba.errors import CheckpointError, RecipeError
 from abba.sharded.checkpoint import newest_valid_together, restore_random_state
-from abba.sharded.initialize import starting_factors
 from abba.sharded.ranks import Ranks
 from abba.sharded.together import agree, share
 from abba.text.chat import ChatTemplate
@@ -155,46 +151,6 @@ def refuse_changes(
         )
     if point.state.step > steps:
         raise CheckpointError(f"{point.directory}: is past the last of {steps} steps; choose another output_dir")
-
-
-@contextmanager
-def starting_point(
-    point: ResumePoint | None,
-    targets: Mapping[str, nn.Linear],
-    adapter: AdapterConfig,
-    seed: int,
-    init_from: str | None,
-    cache: Path | None,
-    ranks: Ranks,
-    say: Callable[[str], None],
-) -> Iterator[tuple[dict[str, Factors], Callable[[str, str, int, int], Tensor]]]:
-    """(factors to inject, how to read slices of the training state), see `start_engine`. Collective.
-
-    From a checkpoint no rank reads more than its slices: it injects ones, which the engine replaces.
-
-    Raises:
-        CheckpointError: the checkpoint's tensors are not those of the targets.
-    """
-    if point is None:
-        factors = starting_factors(targets, adapter, seed, init_from, cache, ranks, say)
-
-        def read(kind: str, name: str, start: int, stop: int) -> Tensor:
-            module, _, factor = name.rpartition(".")
-            return getattr(factors[module], factor).flatten()[start:stop]
-
-        yield factors, read
-        return
-    device = next(iter(targets.values())).weight.device
-    placeholders = {
-        name: Factors(*(torch.ones(shape, device=device) for shape in factor_shapes(linear, adapter)))
-        for name, linear in targets.items()
-    }
-    needed = {f"{m}.{f}": tuple(t.shape) for m, four in placeholders.items() for f, t in four._asdict().items()}
-    if needed != point.state.tensors:
-        wrong = sorted(needed.items() ^ point.state.tensors.items())[0][0]
-        raise CheckpointError(f"{point.directory}: {wrong} is not as this base and adapter need it")
-    with ShardReader(point.directory, point.state) as reader:
-        yield placeholders, reader.read_range
 
 
 def continue_random_streams(

@@ -6,11 +6,10 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_config, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from abba import AdapterConfig, inject, load_adapter
-from abba.adapter import baseline
 from abba.adapter.baseline import attach, inject_baseline
 from abba.adapter.config import BASELINES, SEVEN_LINEARS, BaselineConfig, FullConfig, factors_of
 from abba.adapter.directory import AdapterDescription, read_description
@@ -100,8 +99,7 @@ def test_saved_adapters_are_pefts_own(tmp_path, method):
         with bypass(loaded):
             assert torch.equal(loaded(TOKENS).logits, tiny_model()(TOKENS).logits)
         assert (loaded(TOKENS).logits - expected).abs().max() < 1e-6
-    own = baseline._peft_config(config)
-    own.target_modules = set(SEVEN_LINEARS)
+    own = get_peft_config({**config.peft_options, "target_modules": set(SEVEN_LINEARS)})
     get_peft_model(tiny_model(), own).save_pretrained(tmp_path / "theirs")
     ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}

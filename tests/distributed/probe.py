@@ -23,7 +23,7 @@ import abba.sharded.engine
 import abba.sharded.initialize
 import abba.sharded.replicated
 import abba.training.loop
-import abba.training.resume
+import abba.training.start
 
 FACTORS = ("A1", "B1", "A2", "B2")
 result = {
@@ -170,14 +170,14 @@ def watch_layers() -> None:
 
 
 def watch_svd() -> None:
-    find = abba.training.resume.starting_factors
+    find = abba.training.start.starting_factors
 
     def found(*arguments):
         factors = find(*arguments)
         result["svd"] = {name: digest(torch.cat([f.flatten() for f in four])) for name, four in factors.items()}
         return factors
 
-    abba.training.resume.starting_factors = found
+    abba.training.start.starting_factors = found
     decompose = abba.sharded.initialize.initial_factors
 
     def counted(*arguments):
