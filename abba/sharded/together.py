@@ -13,10 +13,10 @@ from abba.errors import CheckpointError
 
 def share(data: bytes, device: torch.device) -> list[bytes]:
     """Every rank's bytes, on every rank, in the order of ranks. Collective."""
-    sizes = [int(size) for size in _all_gather(torch.tensor([len(data)], device=device))]
+    sizes = [int(size) for size in all_gather(torch.tensor([len(data)], device=device))]
     mine = torch.zeros(max(*sizes, 1), dtype=torch.uint8, device=device)
     mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
-    return [bytes(part[:size].cpu().tolist()) for part, size in zip(_all_gather(mine), sizes, strict=True)]
+    return [bytes(part[:size].cpu().tolist()) for part, size in zip(all_gather(mine), sizes, strict=True)]
 
 
 def agree(work: Callable[[], None], device: torch.device) -> None:
@@ -40,7 +40,8 @@ def agree(work: Callable[[], None], device: torch.device) -> None:
         raise CheckpointError(f"{where}{reason}")
 
 
-def _all_gather(mine: torch.Tensor) -> list[torch.Tensor]:
+def all_gather(mine: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's tensor, all of one shape, on every rank, in the order of ranks. Collective."""
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
     return gathered

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from abba.adapter.linear import bypass
 from abba.errors import CheckpointError, NotFiniteError, PreemptedError
 from abba.sharded.ranks import Ranks
+from abba.sharded.together import all_gather
 from abba.training.batches import BatchPlan, MicroBatch, collate, lines_of
 from abba.training.failures import World
 from abba.training.metrics import Reporter, peak_memory_bytes
@@ -274,9 +274,7 @@ def _in_eval_mode(engine: Any) -> Iterator[None]:
 def _gather(values: list[float], device: torch.device) -> torch.Tensor:
     """(world size, len(values)): every rank's values on every rank."""
     mine = torch.tensor(values, dtype=torch.float64, device=device)
-    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, mine)
-    return torch.stack(gathered).cpu()
+    return torch.stack(all_gather(mine)).cpu()
 
 
 def _stop(requests: torch.Tensor) -> str | None:
