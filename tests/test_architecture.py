@@ -61,7 +61,7 @@ def test_libraries_stay_in_their_rooms():
     assert users_of("pickle") == set()
     assert users_of("transformers") <= {"abba", "abba/training", "abba/evaluation"}
     assert users_of("datasets") == {"abba/text"}
-    assert users_of("peft") == {"abba/adapter", "abba/evaluation"}
+    assert users_of("peft") == {"abba/adapter"}
     assert users_of("torch.distributed") <= {"abba/sharded", "abba/training", "launch"}
 
 

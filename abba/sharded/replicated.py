@@ -1,6 +1,7 @@
 """What every rank keeps whole between steps, under ZeRO-3: the factors, and the base's 1-D tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import deepspeed
 import torch
@@ -23,7 +24,13 @@ def replicate(engine: deepspeed.DeepSpeedEngine, added: set[int]) -> None:
             parameter.ds_persist = True
             persistent.append(parameter)
     if persistent[0].ds_zero_partition_world_size > 1:
-        persistent[0].all_gather = gather_whole  # what DeepSpeed calls after every update, with all of them
+        of_one = persistent[0].all_gather
+
+        def all_gather(parameters: list[nn.Parameter] | None = None, *arguments: Any, **named: Any) -> Any:
+            """DeepSpeed calls the first one's with all of them after every update."""
+            return gather_whole(persistent) if parameters is persistent else of_one(parameters, *arguments, **named)
+
+        persistent[0].all_gather = all_gather
     persistent[0].all_gather(persistent)
 
 
