@@ -185,7 +185,7 @@ def choose_attention(config: PretrainedConfig, wanted: str, device_type: str, dt
     """
     cap = getattr(config, "attn_logit_softcapping", None)
     flash_caps = not cap or is_flash_attn_greater_or_equal(CAPPING_FLASH_ATTENTION)
-    old_flash = wanted.startswith("flash") and device_type == "cuda" and not flash_caps
+    old_flash = wanted.startswith("flash") and is_flash_attn_2_available() and not flash_caps
     if cap and (wanted == "sdpa" or old_flash):
         name = f"flash-attn before {CAPPING_FLASH_ATTENTION}" if old_flash else wanted
         raise RecipeError(

@@ -1,12 +1,14 @@
 """The base model's tokenizer and attention: what is loaded, what is chosen, what is refused."""
 
 import json
+import shutil
 
 import pytest
 import tokenizers
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from abba.adapter.model_files import _copy_companions
 from abba.base_model import build_empty, choose_attention, load_tokenizer, load_whole
 from abba.errors import CheckpointError, RecipeError
 from tests.distributed.ranks import TINY
@@ -25,6 +27,7 @@ from tests.distributed.ranks import TINY
         ("llama", "auto", "cuda", torch.bfloat16, "2.5.9", "flash_attention_2"),
         ("gemma2", "eager", "cpu", torch.bfloat16, True, "eager"),
         ("gemma2", "flash_attention_2", "cuda", torch.bfloat16, True, "flash_attention_2"),
+        ("gemma2", "flash_attention_2", "cuda", torch.bfloat16, False, "flash_attention_2"),
         ("llama", "sdpa", "cuda", torch.bfloat16, True, "sdpa"),
     ],
 )
@@ -36,7 +39,8 @@ def test_attention_is_chosen_with_a_reason(monkeypatch, family, wanted, device, 
 
 
 @pytest.mark.parametrize("wanted, named", [("sdpa", "sdpa"), ("flash_attention_2", "flash-attn before 2.6.0")])
-def test_an_attention_that_cannot_cap_logits_is_the_recipes_mistake(wanted, named):
+def test_an_attention_that_cannot_cap_logits_is_the_recipes_mistake(monkeypatch, wanted, named):
+    monkeypatch.setattr("abba.base_model.is_flash_attn_2_available", lambda: True)
     config = AutoConfig.for_model("gemma2")
     with pytest.raises(
         RecipeError,
@@ -71,4 +75,9 @@ def test_the_wrong_splitting_of_mistrals_tekken_tokenizers_is_mended(tmp_path, t
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "transformers_version": "4.42.0"}))
     if tekken:
         (tmp_path / "tekken.json").write_text("{}")
-    assert (r"\p{Lu}" in str(load_tokenizer(tmp_path).backend_tokenizer.pre_tokenizer)) == tekken
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    _copy_companions(tmp_path, merged)
+    shutil.copy(tmp_path / "config.json", merged)
+    for directory in (tmp_path, merged):
+        assert (r"\p{Lu}" in str(load_tokenizer(directory).backend_tokenizer.pre_tokenizer)) == tekken

@@ -35,6 +35,7 @@ COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
+    "tekken.json",  # whose presence has tokenizer.json mended, see load_tokenizer
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -106,9 +106,8 @@ def refusal(plan: Plan, nearest: list[tuple[str, Plan]]) -> str:
 def grid(job: Job, cluster: Cluster, gpus: Sequence[int], memories: Sequence[int]) -> str:
     """A Markdown table: for each number and size of GPUs the largest micro-batch that fits, and what it takes.
 
-    On one node without zero_hpz_partition_size, which needs several.
+    zero_hpz_partition_size, where the job has one, is that of the nodes, and left out on one node.
     """
-    alone = replace(job, sharding=replace(job.sharding, hpz=1))
     lines = [
         "| GPUs | " + " | ".join(f"{memory} GB" for memory in memories) + " |",
         "|---|" + "---|" * len(memories),
@@ -116,11 +115,12 @@ def grid(job: Job, cluster: Cluster, gpus: Sequence[int], memories: Sequence[int
     for count in gpus:
         per_node = min(count, cluster.gpus_per_node)
         sized = replace(cluster, nodes=-(-count // per_node), gpus_per_node=per_node)
-        sized_job = job if sized.nodes > 1 else alone
-        plans = [largest_micro_batch(sized_job, replace(sized, gpu_memory_gib=float(memory))) for memory in memories]
+        hpz = per_node if job.sharding.hpz > 1 and sized.nodes > 1 else 1
+        of_size = replace(job, sharding=replace(job.sharding, hpz=hpz))
+        plans = [largest_micro_batch(of_size, replace(sized, gpu_memory_gib=float(memory))) for memory in memories]
         lines.append(f"| {count} | " + " | ".join(map(_cell, plans)) + " |")
     if job.sharding.hpz > 1:
-        lines.append(f"\non several nodes with zero_hpz_partition_size={job.sharding.hpz}, on one without")
+        lines.append("\non several nodes with the zero_hpz_partition_size of their GPUs, on one without")
     return "\n".join(lines)
 
 

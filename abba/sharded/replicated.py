@@ -6,6 +6,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
@@ -26,9 +27,9 @@ def replicate(engine: deepspeed.DeepSpeedEngine, added: set[int]) -> None:
     if persistent[0].ds_zero_partition_world_size > 1:
         of_one = persistent[0].all_gather
 
-        def all_gather(parameters: list[nn.Parameter] | None = None, *arguments: Any, **named: Any) -> Any:
+        def all_gather(param_list: list[nn.Parameter] | None = None, **how: Any) -> Any:
             """DeepSpeed calls the first one's with all of them after every update."""
-            return gather_whole(persistent) if parameters is persistent else of_one(parameters, *arguments, **named)
+            return gather_whole(persistent) if param_list is persistent else of_one(param_list, **how)
 
         persistent[0].all_gather = all_gather
     persistent[0].all_gather(persistent)
@@ -49,3 +50,5 @@ def gather_whole(parameters: Sequence[nn.Parameter]) -> None:
         for parameter, part_NP in zip(some, parts, strict=True):
             parameter.data = part_NP.flatten()[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
+    if not get_accelerator().resolves_data_dependency():  # as DeepSpeed's: it fetches on a stream that does not wait
+        get_accelerator().synchronize()

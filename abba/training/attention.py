@@ -46,14 +46,23 @@ def refuse_packing(model_type: str) -> None:
         )
 
 
-def refuse_shared_positions(config: PretrainedConfig) -> None:
-    """Raises RecipeError for rotary embeddings whose frequencies follow the longest row of a batch."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+def refuse_shared_positions(config: PretrainedConfig, max_length: int) -> None:
+    """Raises RecipeError for rotary embeddings whose frequencies follow the longest row of a batch.
+
+    longrope in any case: the scales in its configuration are rounded too where parameters are born partitioned.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    if found := kinds & {"dynamic", "longrope"}:
+    if "longrope" in kinds:
         raise RecipeError(
-            f"model.name_or_path: this base's rope_type {found.pop()} chooses its frequencies by the longest row of a "
-            "batch, so that a row's loss would depend on its neighbours; take a base without it, such as Phi-3's 4k one"
+            "model.name_or_path: this base's rope_type longrope is not supported: its frequencies follow the longest "
+            "row of a batch; take a base without it, such as Phi-3's 4k one"
+        )
+    if "dynamic" in kinds and max_length > text.max_position_embeddings:
+        raise RecipeError(
+            f"data.max_length: beyond {text.max_position_embeddings} tokens the frequencies of this base's rope_type "
+            f"dynamic follow the longest row of a batch; lower it from {max_length}"
         )
 
 

@@ -52,7 +52,7 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     config = load_config(base)
-    refuse_shared_positions(config)
+    refuse_shared_positions(config, recipe.data.max_length)
     if recipe.data.packing:
         refuse_packing(config.model_type)
     tokenizer = load_tokenizer(base)

@@ -97,7 +97,7 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     """
     base = find_base(recipe.model.name_or_path, recipe.model.revision)
     config = load_config(base)
-    refuse_shared_positions(config)
+    refuse_shared_positions(config, recipe.data.max_length)
     if recipe.data.packing:
         refuse_packing(config.model_type)
     vocabulary = config.get_text_config().vocab_size

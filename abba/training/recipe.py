@@ -108,8 +108,9 @@ class Recipe(Section):
         return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
 
     def with_resume(self, resume: str) -> "Recipe":
-        """The same with what `checkpoint.resume` is meant to be at this start."""
-        return self.model_copy(update={"checkpoint": self.checkpoint.model_copy(update={"resume": resume})})
+        """The same with what `checkpoint.resume` is meant to be at this start, which then discards nothing."""
+        checkpoint = self.checkpoint.model_copy(update={"resume": resume})
+        return self.model_copy(update={"checkpoint": checkpoint, "overwrite_output_dir": False})
 
     @property
     def factor_cache(self) -> Path | None:

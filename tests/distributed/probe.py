@@ -60,6 +60,9 @@ def watch_engine() -> None:
         engine = start(model, *arguments)
         result["offload_param"] = engine.optimizer.offload_param
         result["stale_factors"].append(stale_factors(engine))
+        first = engine.optimizer.parameter_offload.persistent_parameters[0]
+        first.all_gather()  # as DeepSpeed calls it for this one alone
+        first.all_gather(param_list=[first])
         watch_gathers(engine)
         result["buffers"] = {name: str(buffer.dtype) for name, buffer in engine.module.named_buffers()}
         result["masters"] = {

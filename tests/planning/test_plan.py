@@ -12,6 +12,7 @@ from abba.planning.job import Cluster, Job, Sharding
 from abba.planning.known_models import KNOWN
 from abba.planning.memory import GIB
 from abba.planning.plan import nearest, plan
+from abba.planning.report import grid
 
 NODE = Cluster()
 
@@ -99,6 +100,18 @@ def test_a_second_copy_keeps_the_base_off_the_network():
     factors_and_norms = (83_886_080 + 65 * 4096) * 2 + 83_886_080 * 4
     assert second.traffic.between == factors_and_norms / 2 < plain.traffic.between / 50
     assert second.times.likely < plain.times.likely and plain.limit == "network"
+
+
+@pytest.mark.parametrize("per_node", [4, 8])
+def test_the_table_takes_the_second_copy_of_each_size_of_node(per_node):
+    wanted = job(micro_batch=1, sharding=Sharding(hpz=8))
+    one, two = grid(wanted, Cluster(gpus_per_node=per_node), (per_node, 2 * per_node), (80,)).splitlines()[2:4]
+    copied, plain = (
+        plan(job(micro_batch=32 // (2 * per_node), sharding=Sharding(hpz=hpz)), Cluster(2, per_node))
+        for hpz in (per_node, 1)
+    )
+    assert two == f"| {2 * per_node} | {copied.job.micro_batch} rows, {copied.gib:.1f} |" and copied.gib > plain.gib
+    assert one.startswith(f"| {per_node} | {32 // per_node} rows, ")
 
 
 def test_offload_moves_the_base_to_the_host_and_reads_it_from_there():

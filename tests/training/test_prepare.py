@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -71,18 +72,25 @@ def test_packing_on_an_architecture_that_cannot_is_refused_before_anything_is_lo
     assert len(prepare(recipe(granite), True, print)[2]) == 80
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_frequencies_that_follow_the_longest_row_are_refused(recipe, base, tokenised, rope_type):
+@pytest.mark.parametrize(
+    "rope, most, said",
+    [
+        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, 4096, "rope_type longrope is not"),
+        ({"rope_type": "dynamic", "factor": 2.0}, 255, "data.max_length: beyond 255 tokens .* lower it from 256$"),
+        ({"rope_type": "dynamic", "factor": 2.0}, 256, None),
+        ({"rope_type": "linear", "factor": 2.0}, 255, None),
+    ],
+)
+def test_frequencies_that_follow_the_longest_row_are_refused(recipe, base, tokenised, rope, most, said):
     llama = base("llama")
     path = Path(llama.partition("=")[2]) / "config.json"
     config = json.loads(path.read_text())
-    factors = {"factor": 2.0} if rope_type == "dynamic" else {"short_factor": [1.0], "long_factor": [1.0]}
-    config["rope_parameters"] = {"rope_type": rope_type, "rope_theta": 1e4, **factors}
+    config |= {"rope_parameters": {"rope_theta": 1e4, **rope}, "max_position_embeddings": most}
     path.write_text(json.dumps(config))
-    for start in (lambda recipe: prepare(recipe, True, print), lambda recipe: dry_run(recipe, 1)):
-        with pytest.raises(RecipeError, match=rf"model\.name_or_path: this base's rope_type {rope_type} chooses"):
+    for start in (lambda recipe: dry_run(recipe, 1), lambda recipe: prepare(recipe, True, print)):
+        with pytest.raises(RecipeError, match=said) if said else nullcontext():
             start(recipe(llama))
-    assert not tokenised
+    assert bool(tokenised) == (said is None)
 
 
 def test_a_dry_run_refuses_an_attention_that_the_base_cannot_take(recipe, base):

@@ -134,6 +134,11 @@ def test_sections_that_do_not_agree_are_all_reported_at_once(tmp_path):
     ]
 
 
+def test_a_requeued_jobs_recipe_can_be_used_again(tmp_path):
+    recipe = load(tmp_path, GOOD, "checkpoint.resume=never", "overwrite_output_dir=true").with_resume("auto")
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
 def test_missing_sections_and_keys_are_named(tmp_path):
     text = message(tmp_path, "model: {name_or_path: x}\ntrain: {learning_rate: 1}\n")
     assert "data: is required" in text and "train.global_batch_size: is required" in text
