@@ -125,7 +125,7 @@ def exact_match(model: PreTrainedModel, rows: list[Row]) -> float:
     ]
     prompts = encode_prompt(tokenizer(), [question.instruction for question in questions])
     everything = [list(range(len(prompts)))]
-    found = generate_greedy(model, tokenizer(), prompts, everything, ANSWER_TOKENS)
+    found = generate_greedy(model, tokenizer(), prompts, everything, ANSWER_TOKENS, [tokenizer().eos_token_id])
     texts = [text for _, text in sorted(found)]
     return 100 * statistics.mean(grade.strict_right for grade in grade_all(questions, texts, max_ungraded=0))
 
