@@ -158,6 +158,7 @@ def write(
 ) -> None:
     """NAME.json with everything, NAME.md with the table: all but what single repetitions found. Printed too."""
     directory.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in settings.items() if key != "output"}  # where it lies is of one machine
     record = {"command": command, "machine": machine(), "settings": settings, "rows": list(rows)}
     (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     table = as_table([{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows])
