@@ -1,4 +1,7 @@
-"""What every rank keeps whole between steps, under ZeRO-3: the factors, and the base's 1-D tensors."""
+"""What every rank keeps whole between steps, under ZeRO-3: the factors, and the base's 1-D tensors.
+
+Shapes: N ranks, P elements of a rank's partition of a parameter, S of its partitions of several, one after the other.
+"""
 
 from collections.abc import Sequence
 from typing import Any
