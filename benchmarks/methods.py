@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from abba.adapter.config import AdapterConfig
-from abba.adapter.functional import khatri_rao_a, khatri_rao_b
+from abba.adapter.functional import khatri_rao
 from abba.adapter.initialize import Factors
 from abba.adapter.inject import factor_shapes, find_targets, inject
 from abba.adapter.linear import AbbaLinear, abba_modules
@@ -20,8 +20,9 @@ class TextbookAbba(AbbaLinear):
     """The same function, differentiated by autograd."""
 
     def forward(self, input: Tensor) -> Tensor:
-        hidden = F.linear(input, khatri_rao_a(self.A1, self.A2))
-        return F.linear(input, self.weight, self.bias) + self.scale * F.linear(hidden, khatri_rao_b(self.B1, self.B2))
+        hidden = F.linear(input, khatri_rao(self.A1, self.A2))
+        update = F.linear(hidden, khatri_rao(self.B1.T, self.B2.T).T)
+        return F.linear(input, self.weight, self.bias) + self.scale * update
 
 
 def placeholders(model: nn.Module, config: AdapterConfig) -> dict[str, Factors]:

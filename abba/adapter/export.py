@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from abba.adapter.config import AdapterConfig, BaselineConfig
 from abba.adapter.directory import ADAPTER_FORMATS, AdapterDescription
-from abba.adapter.functional import khatri_rao_a, khatri_rao_b
+from abba.adapter.functional import khatri_rao
 from abba.adapter.initialize import Factors
 from abba.errors import CheckpointError
 
@@ -71,8 +71,8 @@ def tensors(
         rank = max(config.r1, config.r2)
         return [_padded(factor, name, rank).to(dtype) for name, factor in factors._asdict().items()]
     wide = Factors(*(factor.float() for factor in factors))
-    a_KI = khatri_rao_a(wide.A1, wide.A2)
-    b_OK = khatri_rao_b(wide.B1, wide.B2 * config.scale)
+    a_KI = khatri_rao(wide.A1, wide.A2)
+    b_OK = khatri_rao(wide.B1.T, wide.B2.T * config.scale).T.contiguous()
     return [a_KI.to(dtype), b_OK.to(dtype)]
 
 

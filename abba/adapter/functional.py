@@ -1,12 +1,12 @@
 """The one formula of the project: delta W = s (B1 A1) * (B2 A2), trained without ever forming an (O, I) matrix.
 
 Entry (o, i) of (B1 A1) * (B2 A2) is the sum over k and l of B1[o,k] A1[k,i] B2[o,l] A2[l,i], which is one product
-B_kr A_kr of rank R*Q, with the row-wise and column-wise Khatri-Rao products
+B_kr A_kr of rank R*Q, with the Khatri-Rao products
 
     B_kr[o, k*Q + l] = B1[o, k] B2[o, l]        A_kr[k*Q + l, i] = A1[k, i] A2[l, i]
 
-A name's suffix is its shape: O out features, I in features, R = r1, Q = r2, K = R*Q, T tokens (all leading dimensions
-of x).
+A name's suffix is its shape: O out features, I in features, N either, R = r1, Q = r2, K = R*Q, T tokens (all leading
+dimensions of x).
 """
 
 from collections.abc import Callable
@@ -16,14 +16,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def khatri_rao_a(a1_RI: Tensor, a2_QI: Tensor) -> Tensor:
-    """A_kr (R*Q, I): every product of a row of A1 with a row of A2."""
-    return (a1_RI.unsqueeze(1) * a2_QI).flatten(0, 1)
+def khatri_rao(p_RN: Tensor, q_QN: Tensor) -> Tensor:
+    """(R*Q, N): every product of a row of p with a row of q. A_kr of A1 and A2, B_kr^T of B1^T and B2^T.
+
+    The long side is innermost for both, because a product over rows of r2 = 16 values costs several times as much.
+    """
+    return (p_RN.contiguous().unsqueeze(1) * q_QN.contiguous()).flatten(0, 1)
 
 
-def khatri_rao_b(b1_OR: Tensor, b2_OQ: Tensor) -> Tensor:
-    """B_kr (O, R*Q): every product of a column of B1 with a column of B2."""
-    return (b1_OR.unsqueeze(2) * b2_OQ.unsqueeze(1)).flatten(1, 2)
+def khatri_rao_gradients(d_KN: Tensor, p_RN: Tensor, q_QN: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of p and q from that of their Khatri-Rao product, by the product rule."""
+    d_RQN = d_KN.view(p_RN.shape[0], *q_QN.shape)
+    return (d_RQN * q_QN).sum(1), (d_RQN * p_RN.unsqueeze(1)).sum(0)
 
 
 def delta_weight(a1_RI: Tensor, b1_OR: Tensor, a2_QI: Tensor, b2_OQ: Tensor, scale: float) -> Tensor:
@@ -62,9 +66,9 @@ class AbbaLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        h_TK = x_TI @ khatri_rao_a(a1_RI, a2_QI).T
+        h_TK = x_TI @ khatri_rao(a1_RI, a2_QI).T
         y_TO = frozen_linear(x_TI, weight(), bias)
-        y_TO.addmm_(h_TK, khatri_rao_b(b1_OR, b2_OQ * scale).T)
+        y_TO.addmm_(h_TK, khatri_rao(b1_OR.T, b2_OQ.T * scale))
         ctx.save_for_backward(x, h_TK, a1_RI, b1_OR, a2_QI, b2_OQ)
         ctx.scale, ctx.weight = scale, weight
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
@@ -73,24 +77,19 @@ class AbbaLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         x, h_TK, a1_RI, b1_OR, a2_QI, b2_OQ = ctx.saved_tensors
-        (r, i), (q, o) = a1_RI.shape, (a2_QI.shape[0], b1_OR.shape[0])
-        scaled_b2_OQ = b2_OQ * ctx.scale
-        dy_TO, x_TI = dy.reshape(-1, o), x.reshape(-1, i)
-        dh_TK = dy_TO @ khatri_rao_b(b1_OR, scaled_b2_OQ)
+        b1_RO, b2_QO = b1_OR.T.contiguous(), b2_OQ.T.contiguous() * ctx.scale
+        dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dh_TK = dy_TO @ khatri_rao(b1_RO, b2_QO).T
 
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy_TO @ ctx.weight()
-            dx.addmm_(dh_TK, khatri_rao_a(a1_RI, a2_QI))
+            dx.addmm_(dh_TK, khatri_rao(a1_RI, a2_QI))
             dx = dx.view_as(x)
 
         da1 = db1 = da2 = db2 = None
         if any(ctx.needs_input_grad[1:5]):
-            # Gradients of the two Khatri-Rao factors; the product rule takes them apart.
-            da_RQI = (dh_TK.T @ x_TI).view(r, q, i)
-            db_ORQ = (dy_TO.T @ h_TK).view(o, r, q)
-            da1 = (da_RQI * a2_QI).sum(1)
-            da2 = (da_RQI * a1_RI.unsqueeze(1)).sum(0)
-            db1 = torch.bmm(db_ORQ, scaled_b2_OQ.unsqueeze(2)).squeeze(2)
-            db2 = (db_ORQ * b1_OR.unsqueeze(2)).sum(1).mul_(ctx.scale)
+            da1, da2 = khatri_rao_gradients(dh_TK.T @ x_TI, a1_RI, a2_QI)
+            db1, db2 = khatri_rao_gradients(h_TK.T @ dy_TO, b1_RO, b2_QO)
+            db1, db2 = db1.T, db2.T * ctx.scale
         return dx, da1, db1, da2, db2, None, None, None

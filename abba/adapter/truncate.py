@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from abba.adapter.functional import khatri_rao_a, khatri_rao_b
+from abba.adapter.functional import khatri_rao
 from abba.adapter.initialize import Factors
 
 
@@ -19,8 +19,8 @@ def truncate(factors: Factors, scale: float, rank: int) -> tuple[Tensor, Tensor,
     (Eckart and Young, 1936). `kept` and `total` are ||B A||_F^2 and ||delta W||_F^2. In float64.
     """
     a1, b1, a2, b2 = (factor.detach().double() for factor in factors)
-    q_OF, r_FF = torch.linalg.qr(khatri_rao_b(b1, b2 * scale))
-    p_IF, l_FF = torch.linalg.qr(khatri_rao_a(a1, a2).T)
+    q_OF, r_FF = torch.linalg.qr(khatri_rao(b1.T, b2.T * scale).T)
+    p_IF, l_FF = torch.linalg.qr(khatri_rao(a1, a2).T)
     u, s, vh = torch.linalg.svd(r_FF @ l_FF.T, full_matrices=False)
     root_K = s[:rank].sqrt()
     b_OK, a_KI = q_OF @ (u[:, :rank] * root_K), (vh[:rank] * root_K[:, None]) @ p_IF.T
