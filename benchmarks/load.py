@@ -73,14 +73,14 @@ def load_on_this_rank(way: str, directory: Path, result: Path) -> None:
     from abba.training.startup import Startup
 
     ranks = ranks_from_environment()
-    device = start_process_group(ranks)
+    start_process_group(ranks)
     config = engine_config(torch.bfloat16, 1, 1, 1.0, {}, ranks)
     read = count_reads()  # ours; what the library maps cannot be counted so
     dist.barrier()
     peak, started = AnonymousPeak(), time.perf_counter()
     peak.start()
     if way == "ours":
-        model, _ = load_partitioned(directory, torch.bfloat16, "sdpa", config, device, ranks, Startup(), lambda _: None)
+        model, _ = load_partitioned(directory, torch.bfloat16, "sdpa", config, ranks, Startup(), lambda _: None)
     else:
         keep = HfDeepSpeedConfig(config)  # alive, or ZeRO-3 is not noticed
         model = AutoModelForCausalLM.from_pretrained(

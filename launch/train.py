@@ -86,8 +86,10 @@ def run(
     # Resume: the newest valid checkpoint of this run, or none.
     wanted = recipe.checkpoint
     resumed = find_resume_point(wanted.resume, wanted.strict, directory.checkpoints, ranks, device, say)
-    attention, _ = choose_attention(load_config(base), recipe.model.attn_implementation, device.type, dtype)
-    identity = fingerprint(recipe.model_dump(mode="json"), data.sha256, base, attention)
+    attention, why = choose_attention(load_config(base), recipe.model.attn_implementation, device.type, dtype)
+    say(f"model: {attention} attention because {why}")
+    recipe = recipe.with_attention(attention)
+    identity = fingerprint(recipe.model_dump(mode="json"), data.sha256, base)
     if resumed is not None:
         refuse_changes(resumed, identity, wanted.allow_changed, steps, say)
         if eval_rows and owes_held_out_loss(resumed, settings.eval_steps, steps, directory, ranks, device):
@@ -203,12 +205,12 @@ def build(
     from abba.training.resume import refuse_changes
     from abba.training.start import injected
 
-    settings, ranks, device = recipe.train, stream.ranks, stream.device
+    settings, ranks = recipe.train, stream.ranks
 
     # Base: each rank reads its own slice of every weight; no rank ever holds or sends a full copy.
     torch.manual_seed(settings.seed + ranks.rank)  # for dropout, where a base has any
     dtype, attention = DTYPES[recipe.model.dtype], recipe.model.attn_implementation
-    model, checksum = load_partitioned(base, dtype, attention, config, device, ranks, startup, say)
+    model, checksum = load_partitioned(base, dtype, attention, config, ranks, startup, say)
     identity["model"]["weights"] = f"{checksum:016x}"
     if recipe.data.packing:
         stream = replace(stream, line_tokens=line_tokens(model.config._attn_implementation, recipe.data.max_length))
@@ -236,10 +238,8 @@ def build(
     if resumed is None and init_from is None:
         assert_delta_is_zero(engine, stream)
         startup.done("check")
-    accumulation = config["gradient_accumulation_steps"]
-    say(
-        f"engine: {ranks.world_size} rank(s) x {accumulation} micro-batch(es) a step; ready after {startup.total:.0f} s"
-    )
+    batch = f"{ranks.world_size} rank(s) x {config['gradient_accumulation_steps']} micro-batch(es) a step"
+    say(f"engine: {batch}; ready after {startup.total:.0f} s")
     return engine, stream, report
 
 

@@ -9,7 +9,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from abba.base_model import build_empty, choose_attention, load_config
+from abba.base_model import build_empty
 from abba.sharded.loading import load_base, partitioned_from_birth
 from abba.sharded.ranks import Ranks
 from abba.training.startup import Startup
@@ -20,7 +20,6 @@ def load_partitioned(
     dtype: torch.dtype,
     attention: str,
     engine_config: dict,
-    device: torch.device,
     ranks: Ranks,
     startup: Startup,
     say: Callable[[str], None],
@@ -28,13 +27,11 @@ def load_partitioned(
     """(base model under ZeRO-3, checksum of its weights), filled by every rank from its own slices. Collective.
 
     Args:
-        attention: an implementation by name, or "auto".
+        attention: an implementation by name.
 
     Raises:
         CheckpointError: see `load_base`.
     """
-    config = load_config(directory)
-    attention, why = choose_attention(config, attention, device.type, dtype)
     # The order matters: entered after zero.Init, the first would leave RoPE's inv_freq in bf16.
     with prevent_arange_dtype_change(), no_init_weights(), partitioned_from_birth(engine_config):
         model = build_empty(directory, dtype, attention)
@@ -44,7 +41,7 @@ def load_partitioned(
     loaded = load_base(model, directory, ranks.rank, ranks.world_size)
     startup.done("weights")
     name = str(dtype).removeprefix("torch.")
-    say(f"model: {directory}, {config.model_type}, {name}, {attention} attention because {why}")
+    say(f"model: {directory}, {model.config.model_type}, {name}")
     copy = f" and 1/{loaded.copy_ranks} for its node's copy" if loaded.copy_ranks else ""
     say(
         f"model: {loaded.elements:,} parameters in {loaded.tensors} tensors; each rank read its 1/{ranks.world_size}"

@@ -107,6 +107,10 @@ class Recipe(Section):
         """The same with what `model.dtype` comes to on this machine."""
         return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
 
+    def with_attention(self, attention: str) -> "Recipe":
+        """The same with what `model.attn_implementation` comes to on this machine, for this architecture."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"attn_implementation": attention})})
+
     def with_resume(self, resume: str) -> "Recipe":
         """The same with what `checkpoint.resume` is meant to be at this start, which then discards nothing."""
         checkpoint = self.checkpoint.model_copy(update={"resume": resume})

@@ -41,15 +41,14 @@ class ResumePoint:
     owes_held_out: bool = False  # the start that saved it was stopped or killed before the held-out loss there
 
 
-def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: str) -> dict[str, Any]:
+def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path) -> dict[str, Any]:
     """What decides the numbers of a run: batch, data, base, adapter, software; never accumulation or world size.
 
     Data and base are known by their content, so that they may move: the hash of the tokens, that of the base's
-    config.json, and, added once it is loaded, the checksum of its weights. `attention` is what the recipe's choice,
-    which may be "auto", comes to on this machine.
+    config.json, and, added once it is loaded, the checksum of its weights. The recipe names what "auto" came to.
     """
     model = {key: value for key, value in recipe["model"].items() if key not in ("name_or_path", "revision")}
-    data, method = recipe["data"], recipe["adapter"]["method"]
+    data, method, attention = recipe["data"], recipe["adapter"]["method"], model["attn_implementation"]
     used = {"flash_attn": attention.startswith("flash"), "peft": method in BASELINES}
     software = (*SOFTWARE, *(name for name, is_used in used.items() if is_used))
     config = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
@@ -61,7 +60,7 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path, attention: s
         "train": {key: value for key, value in recipe["train"].items() if key not in BYSTANDERS},
         "data": {"tokens": tokens, "weights": weights, "eval_rows": data["eval_rows"], "packing": packing, **chat},
         "adapter": {key: value for key, value in recipe["adapter"].items() if key != "cache_factors"},
-        "model": {**model, "attn_implementation": attention, "config": config},
+        "model": {**model, "config": config},
         "software": {name: _version(name, method) for name in software},
     }
 

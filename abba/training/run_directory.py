@@ -127,7 +127,10 @@ class RunDirectory:
 
     def held_out_steps(self) -> set[int | None]:
         """After which the metrics have a held-out loss."""
-        lines = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
+        try:
+            lines = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
+        except OSError as error:
+            raise CheckpointError(f"{self.metrics}: {error.strerror}; move it away to go on without it") from error
         return {_step_of(line) for line in lines if b'"eval_loss"' in line}
 
     def refuse_too_small(self, parameters: int, saves: int, keep: int) -> None:

@@ -178,6 +178,13 @@ def test_damaged_lines_of_metrics_are_dropped_with_a_word(tmp_path):
     assert not directory.metrics.exists()
 
 
+def test_metrics_that_cannot_be_read_are_named(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.metrics.symlink_to("/proc/self/mem")  # reading its start fails, for root too
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: Input/output error; move it away"):
+        directory.held_out_steps()
+
+
 def test_a_requeued_job_does_not_discard_what_it_has_saved(tmp_path):
     """SLURM starts it with the same arguments; only the first start of a job may begin anew."""
     directory, never = RunDirectory(tmp_path / "run"), ("never", "7")

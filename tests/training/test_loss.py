@@ -250,10 +250,11 @@ def test_in_bf16_the_gradient_is_scaled_before_it_is_rounded():
 
 def test_a_run_remembers_how_its_rows_were_packed():
     """A checkpoint of another way, which rounds its sums otherwise, is refused by name."""
-    recipe = load_recipe("gsm8k", [f"model.name_or_path={TINY}", "data.max_length=512"], ROOT / "recipes").model_dump(
-        mode="json"
-    )
-    ways = {kind: fingerprint(recipe, "", TINY, kind)["data"]["packing"] for kind in ("eager", "sdpa")}
-    assert ways == {"eager": 512, "sdpa": "one line"}
-    recipe["data"]["packing"] = False
-    assert fingerprint(recipe, "", TINY, "sdpa")["data"]["packing"] is None
+    recipe = load_recipe("gsm8k", [f"model.name_or_path={TINY}", "data.max_length=512"], ROOT / "recipes")
+
+    def packing(attention, **changes):
+        dumped = recipe.with_attention(attention).model_dump(mode="json")
+        return fingerprint({**dumped, "data": {**dumped["data"], **changes}}, "", TINY)["data"]["packing"]
+
+    assert [packing(kind) for kind in ("eager", "sdpa")] == [512, "one line"]
+    assert packing("sdpa", packing=False) is None
