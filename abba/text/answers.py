@@ -8,7 +8,9 @@ _SIGN, _CURRENCY = r"[-+−–]", r"[$€£¥]{0,3}"
 _DIGITS = (
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,2}(?![0-9A-Za-z]))?|\.[0-9]+)"
 )
-_FRACTION = rf"(?:[0-9]+\s+[0-9]+\s*/\s*[0-9]+|{_DIGITS}(?:\s*/\s*{_DIGITS})?)"  # mixed ones too: 1 1/2
+_SPACE = r"[^\S\r\n]"  # a fraction does not go on in the next line
+_MIXED = rf"[0-9]+{_SPACE}+[0-9]+{_SPACE}*/{_SPACE}*[0-9]+"  # 1 1/2
+_FRACTION = rf"(?:{_MIXED}|{_DIGITS}(?:{_SPACE}*/{_SPACE}*{_DIGITS})?)"
 _NUMBER = rf"{_SIGN}?\s{{0,3}}{_CURRENCY}\s{{0,3}}{_SIGN}?{_FRACTION}"
 _DECORATION = r"(?:[\s*_`(]|\\boxed\{|\\[(\[]|\$(?=\\))*"
 _MARKED = (
@@ -62,8 +64,10 @@ def same_number(extracted: str, reference: str) -> bool:
 
 
 def _split_mixed(plain: str) -> tuple[int, str]:
-    mixed = re.fullmatch(r"([0-9]+)\s+([0-9]+\s*/\s*[0-9]+)", plain)
-    return (int(mixed[1]), mixed[2]) if mixed else (0, plain)
+    if not re.fullmatch(_MIXED, plain):
+        return 0, plain
+    whole, rest = plain.split(maxsplit=1)
+    return int(whole), rest
 
 
 def _without_latex(text: str) -> str:
