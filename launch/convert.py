@@ -15,6 +15,7 @@ loads it, to compare logits.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from common import argument_parser, run_program
@@ -49,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
         help="the base model, a directory or a Hub name in the cache: for merged and after full fine-tuning, to "
         "compare with --verify, and to name the base of DeepSpeed's checkpoints",
     )
+    parser.add_argument("--revision", help="of a base on the Hub. Default: that of the training, if it is that base")
+    parser.add_argument("--any-base", action="store_true", help="take a base that the adapter was not trained on")
     parser.add_argument("--alpha", type=float, help="of the adapter in a checkpoint of DeepSpeed's; ours know theirs")
     parser.add_argument(
         "--dtype",
@@ -68,10 +71,11 @@ def main() -> int:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    from abba.base_model import DTYPES, find_base
+    from abba.base_model import DTYPES
     from abba.checkpoint.convert import Form, convert_source, refuse_overlap
     from abba.checkpoint.deepspeed_files import is_deepspeed_checkpoint
     from abba.checkpoint.source import open_source, refuse_missing
+    from abba.checkpoint.trained_base import trained_base
 
     refuse_missing(arguments.source)
     refuse_overlap(arguments.destination, arguments.source, "SRC")
@@ -82,7 +86,12 @@ def convert(arguments: argparse.Namespace) -> None:
     with open_source(arguments.source, lambda line: print(line, file=sys.stderr), *given) as source:
         whole = (arguments.format or source.config.default_format) in WHOLE
         refuse_senseless(arguments, whole, names_base=is_deepspeed_checkpoint(arguments.source))
-        base = find_base(arguments.base, None, "--base") if arguments.base and (whole or arguments.verify) else None
+        base = None
+        if arguments.base and (whole or arguments.verify):
+            named = (arguments.base, arguments.revision, arguments.any_base, "--base")
+            base = trained_base(arguments.source, source.base_model, source.provenance, *named)
+        if whole and arguments.any_base:
+            source = replace(source, base_model=arguments.base)  # what the result is made of, for its card
         form = Form(arguments.format, arguments.rank, dtype, base if whole else None)
         description, summary = convert_source(source, arguments.destination, form, arguments.force)
         size = f"{summary.tensors} tensors, {summary.bytes:,} bytes, re-opened"
@@ -95,6 +104,9 @@ def convert(arguments: argparse.Namespace) -> None:
 def refuse_senseless(arguments: argparse.Namespace, whole: bool, names_base: bool) -> None:
     if arguments.format == "merged" and not arguments.base:
         raise RecipeError("--format merged: needs --base, the model to merge into")
+    for option, given in (("--revision", arguments.revision), ("--any-base", arguments.any_base)):
+        if given and not arguments.base:
+            raise RecipeError(f"{option}: says more of --base, which is missing; add it or leave this out")
     if arguments.base and not (arguments.verify or whole or names_base):
         raise RecipeError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
 

@@ -14,17 +14,16 @@ from abba.adapter.directory import (
     ADAPTER_FORMATS,
     PEFT_CONFIG,
     WEIGHTS,
-    AdapterDescription,
     read_description,
 )
 from abba.base_files import BaseFiles
-from abba.base_model import find_base, load_tokenizer
+from abba.base_model import find_base
 from abba.checkpoint.convert import convert
 from abba.checkpoint.format import MANIFEST, list_checkpoints, read_state
 from abba.checkpoint.source import CHECKPOINTS, find_checkpoint
+from abba.checkpoint.trained_base import trained_base
 from abba.errors import CheckpointError, RecipeError
 from abba.storage import hash_file
-from abba.text.chat import ChatTemplate
 from abba.text.prompt import DEFAULT_PROMPT
 
 SAMPLE = 1 << 16  # bytes at the start, middle and end of a weights file that stand for all of it
@@ -65,7 +64,7 @@ def opened(
     """The subject that a user names.
 
     Args:
-        model: the base; None: the one that the adapter was trained on.
+        model, revision: the base; None: those that the adapter was trained on.
         given: an adapter directory, a checkpoint, a run (its newest valid checkpoint), or None.
         prompt: None: the adapter's own, or that of a model that was trained whole.
         any_base: do not ask whether the adapter was trained on this base.
@@ -89,14 +88,10 @@ def opened(
         description = read_description(adapter)
         if description.format not in ADAPTER_FORMATS:
             raise CheckpointError(f"{given}: is a whole model and no adapter; score it with --model {given}")
-        recipe = (description.provenance or {}).get("recipe") or {}
-        if model is None:
-            model, revision = description.base_model, revision or recipe.get("model", {}).get("revision")
-            if model is None:
-                raise RecipeError(f"--model: is missing, and {given} does not say which base it was trained on")
-        base = find_base(model, revision, "--model")
-        if not any_base:
-            _refuse_other_base(given, description, base)
+        named = (model, revision, any_base, "--model")
+        base = trained_base(given, description.base_model, description.provenance or {}, *named)
+        if base is None:
+            raise RecipeError(f"--model: is missing, and {given} does not say which base it was trained on")
         yield Subject(base, adapter, _checked_prompt(prompt, adapter, given), given)
 
 
@@ -131,7 +126,7 @@ def _standalone(given: Path, destination: Path, say: Callable[[str], None]) -> P
             list(given.iterdir())  # permission is asked here
         raise CheckpointError(
             f"{given}: is not an ABBA adapter, a checkpoint or a run: it has no {ABBA_CONFIG}, {MANIFEST} or "
-            f"{CHECKPOINTS}/; checkpoints of other programs go through launch/convert.py first"
+            f"{CHECKPOINTS}/; what DeepSpeed alone wrote goes through launch/convert.py first"
         )
     checkpoint = find_checkpoint(given, say)
     if isinstance(read_state(checkpoint).adapter, FullConfig):
@@ -142,27 +137,6 @@ def _standalone(given: Path, destination: Path, say: Callable[[str], None]) -> P
     convert(checkpoint, destination)
     say(f"adapter: {checkpoint}, converted for this evaluation")
     return destination
-
-
-def _refuse_other_base(given: Path, description: AdapterDescription, base: Path) -> None:
-    """By config.json and the chat template, whose hashes a run records; shapes are compared when the adapter is loaded.
-
-    Raises:
-        CheckpointError: they are not those of the training.
-    """
-    recorded = (description.provenance or {}).get("fingerprint") or {}
-    config = (recorded.get("model") or {}).get("config")
-    template = (recorded.get("data") or {}).get("chat_template")  # of runs with the prompt chat
-    other = None
-    if config is not None and config != hash_file(base / "config.json").sha256:
-        other = "config.json"
-    elif template is not None and template != ChatTemplate(load_tokenizer(base)).digest:
-        other = "chat template"
-    if other is not None:
-        raise CheckpointError(
-            f"{given}: was trained on {description.base_model}, whose {other} is not that of {base}; give that "
-            "base with --model, or --any-base if you mean this one"
-        )
 
 
 def _hash_base(base: Path) -> str:

@@ -12,6 +12,7 @@ from abba.adapter.directory import read_description
 from abba.checkpoint.convert import Form, convert
 from abba.errors import AbbaError, CheckpointError, RecipeError
 from abba.evaluation.subject import opened
+from abba.hub import HubRepository
 from abba.storage import SafetensorsFile
 from tests import warm
 from tests.checkpoint.made import linears, write_checkpoint
@@ -115,6 +116,21 @@ def test_an_adapter_of_another_base_is_refused_unless_it_is_meant(tmp_path):
     shutil.copytree(TINY, tmp_path / "moved")
     with subject(tmp_path / "run", str(tmp_path / "moved")) as run:
         assert run.base == tmp_path / "moved", "a base may move"
+
+
+@pytest.mark.parametrize("model", [None, "o/m"])
+def test_the_base_has_the_revision_of_the_training(tmp_path, monkeypatch, model):
+    """The cache may hold another one as main, or none."""
+    cached = {("o/m", "abc"): TINY}
+    monkeypatch.setattr(HubRepository, "find", lambda self: cached.get((self.name, self.revision)))
+    trained(tmp_path / "run", base_model="o/m", recipe={"model": {"name_or_path": "o/m", "revision": "abc"}})
+    with subject(tmp_path / "run", model) as run:
+        assert run.base == TINY
+    cached["o/other", None] = TINY
+    with subject(tmp_path / "run", "o/other") as run:
+        assert run.base == TINY, "another repository has other revisions"
+    cached.clear()
+    refused(CheckpointError, r"o/m --revision abc", tmp_path / "run", model)
 
 
 def test_what_is_none_of_them_is_one_line(tmp_path, adapter):

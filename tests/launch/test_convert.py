@@ -1,5 +1,6 @@
 """launch/convert.py as a user starts it: every form, what --verify says; a mistake leaves one line and nothing else."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -170,6 +171,8 @@ MERGED = ["--format", "merged", "--base"]
         (lambda m, t: [m, t / "out", "--format", "lora", "--rank", "17"], 64, "is not between 1 and r1*r2 = 16"),
         (lambda m, t: [m, t / "out", "--base", str(TINY)], 64, "is used by --verify alone"),
         (lambda m, t: [m, t / "out", "--alpha", "16"], 64, "--alpha 16: "),
+        (lambda m, t: [m, t / "out", "--any-base"], 64, "--any-base: says more of --base, which is missing"),
+        (lambda m, t: [m, t / "out", "--revision", "v1"], 64, "--revision: says more of --base, which is missing"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line_and_leave_nothing(convert, made, tmp_path, arguments, code, expected):
@@ -184,6 +187,25 @@ def test_mistakes_end_in_one_line_and_leave_nothing(convert, made, tmp_path, arg
 
 def listing(directory):
     return {str(path) for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("form", ["merged", "lora"])
+def test_another_base_is_refused_unless_it_is_meant(convert, tmp_path, form):
+    """Of the same shapes, as an instruct model has beside its base: nothing else would notice."""
+    config = hashlib.sha256((TINY / "config.json").read_bytes()).hexdigest()
+    state = {"base_model": str(TINY), "fingerprint": {"model": {"config": config}}}
+    write_checkpoint(tmp_path / "run/checkpoints", CONFIG, MODULES, **state)
+    other = shutil.copytree(TINY, tmp_path / "other")
+    (other / "config.json").write_text((TINY / "config.json").read_text() + " ")
+    command = [str(tmp_path / "run"), str(tmp_path / "out"), "--format", form, "--verify", "--base", str(other)]
+    refused = convert(*command)
+    assert refused.returncode == 66 and refused.stderr.count("\n") == 1
+    assert "run: was trained on" in refused.stderr and "whose config.json is not that of" in refused.stderr
+    assert "give that base with --base, or --any-base" in refused.stderr and not (tmp_path / "out").exists()
+    assert convert(*command, "--any-base").returncode == 0
+    made_of = str(other if form == "merged" else TINY)
+    assert read_description(tmp_path / "out").base_model == made_of
+    assert f'base_model: "{made_of}"' in (tmp_path / "out/README.md").read_text()
 
 
 def test_only_adapters_and_merged_models_are_replaced(convert, made, tmp_path):
