@@ -5,4 +5,5 @@ from abba.adapter.files import load_adapter, save_adapter
 from abba.adapter.inject import InjectionReport, inject
 from abba.adapter.linear import AbbaLinear
 
+__version__ = "0.1.0"
 __all__ = ["AbbaLinear", "AdapterConfig", "InjectionReport", "inject", "load_adapter", "save_adapter"]

@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from abba.errors import CheckpointError
-from abba.storage import SafetensorsFile, StoredTensor, read_json, safe_name
+from abba.names import safe_name
+from abba.storage import SafetensorsFile, StoredTensor, read_json
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -9,10 +9,10 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,7 @@ from abba.errors import AbbaError, CheckpointError
 from abba.parsing import MAX_JSON_BYTES, STORED_DTYPES, StoredTensor, parse_header, parse_json
 
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NO_PATH = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # nothing is there, or can be
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # names that Windows keeps
 
 
 class Spec(NamedTuple):
@@ -127,7 +125,8 @@ class SafetensorsFile:
         values = torch.empty(stop - start, dtype=stored.dtype)
         left, offset = memoryview(values.view(torch.uint8).numpy()), stored.offset + start * stored.dtype.itemsize
         while left:  # Linux reads at most 2 GiB in one call
-            count = os.preadv(self._descriptor, [left], offset)
+            with _readable(self.path):
+                count = os.preadv(self._descriptor, [left], offset)
             if count == 0:
                 raise CheckpointError(f"{self.path}: ends inside tensor {name}; the file is truncated, fetch it again")
             left, offset = left[count:], offset + count
@@ -137,13 +136,16 @@ class SafetensorsFile:
         return self.read(name).view(self.tensors[name].shape)
 
     def _parse_header(self, size: int) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        with _readable(self.path):
+            length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         if size < 8 or length > min(MAX_JSON_BYTES, size - 8):
             raise CheckpointError(
                 f"{self.path}: is truncated or no safetensors file ({size} bytes, its header would need {length + 8})"
             )
         try:
-            return parse_header(os.pread(self._descriptor, length, 8), size - 8 - length)
+            with _readable(self.path):
+                header = os.pread(self._descriptor, length, 8)
+            return parse_header(header, size - 8 - length)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: has a damaged header: {error}; fetch the file again") from error
 
@@ -160,8 +162,8 @@ def write_json(path: Path, value: Any) -> FileEntry:
 
 
 def read_json(path: Path) -> Any:
-    """Raises CheckpointError when the file is missing, is not JSON, or is more than any of ours would be."""
-    with os.fdopen(open_regular(path), "rb") as file:
+    """Raises CheckpointError when the file cannot be read, is not JSON, or is more than any of ours would be."""
+    with _readable(path), os.fdopen(open_regular(path), "rb") as file:
         try:
             return parse_json(file.read(MAX_JSON_BYTES + 1))
         except ValueError as error:
@@ -169,13 +171,22 @@ def read_json(path: Path) -> Any:
 
 
 def hash_file(path: Path) -> FileEntry:
-    """Raises CheckpointError when the file cannot be opened."""
+    """Raises CheckpointError when the file cannot be read."""
     digest, size = hashlib.sha256(), 0
-    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+    with _readable(path), os.fdopen(open_regular(path), "rb", buffering=0) as file:
         while block := file.read(1 << 22):
             digest.update(block)
             size += len(block)
     return FileEntry(size, digest.hexdigest())
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A disk or a network file system that fails while an open file is read: the error alone would name no file."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def open_regular(path: Path) -> int:
@@ -193,36 +204,6 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise CheckpointError(f"{path}: is no regular file")
     return descriptor
-
-
-def safe_name(name: Any, source: str, error: type[AbbaError] = CheckpointError) -> str:
-    """`name`, which was read in `source`, if it is that of a file beside it: letters, digits, `.`, `_`, `-`; no path.
-
-    Raises:
-        error: it is anything else.
-    """
-    plain = isinstance(name, str) and _SAFE_NAME.fullmatch(name) and ".." not in name and not name.endswith(".")
-    if not plain or _DEVICE.fullmatch(name):
-        raise error(f"{source}: {str(name)[:100]!r} is not the plain name of a file beside it")
-    return name
-
-
-def inside(root: Path, path: Path) -> Path:
-    """`path` with every link followed, if that is below `root`.
-
-    A snapshot of the Hub cache is made of links into the `blobs` of its repository; these count as inside it.
-
-    Raises:
-        CheckpointError: it leads elsewhere.
-    """
-    try:
-        home, target = root.resolve(), path.resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
-        raise CheckpointError(f"{root}: {str(path)[-100:]!r} is no path that can be followed") from error
-    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(allowed in target.parents for allowed in homes):
-        raise CheckpointError(f"{path}: leads out of {root}, to {target}; put the file itself there")
-    return target
 
 
 def sync_directory(path: Path) -> None:

@@ -135,7 +135,7 @@ def fit(
 ) -> None:
     """Train from step 0 or from `resumed` to `steps`; what it leaves is the checkpoints. `config` is DeepSpeed's."""
     from abba.sharded.checkpoint import save_checkpoint
-    from abba.sharded.engine import release
+    from abba.sharded.engine import release, track
     from abba.training.finish import checkpoint_state
     from abba.training.loop import held_out_loss, train
     from abba.training.metrics import Reporter
@@ -152,13 +152,13 @@ def fit(
         directory.begin(recipe.model_dump(mode="json"), first if own else 0, say, ranks.job, ranks.requeued)
         saves = (steps - first) // (recipe.checkpoint.save_steps or steps) + 1
         directory.refuse_too_small(report.trainable_parameters, saves, recipe.checkpoint.save_total_limit)
-    state = checkpoint_state(recipe, report.shapes, identity)
+    metrics, state = directory.metrics if ranks.is_main else None, checkpoint_state(recipe, report.shapes, identity)
     keep = recipe.checkpoint.save_total_limit
     held_out = partial(held_out_loss, engine, stream, eval_rows, settings.per_device_eval_batch_size, watch)
     if resumed is not None:
         continue_random_streams(resumed, settings.seed, ranks, device, say)
     with (
-        Reporter(directory.metrics if ranks.is_main else None, steps, settings.logging_steps, startup) as reporter,
+        Reporter(metrics, steps, settings.logging_steps, startup, partial(track, engine)) as reporter,
         watch.of_steps(recipe.checkpoint.grace_seconds),
     ):
         train(

@@ -38,8 +38,9 @@ from abba.adapter.inject import check_factors, inject
 from abba.adapter.linear import abba_modules
 from abba.adapter.truncate import truncate
 from abba.errors import CheckpointError
+from abba.names import inside
 from abba.prepared import replacing
-from abba.storage import SafetensorsFile, Spec, inside, read_json, write_json, write_safetensors
+from abba.storage import SafetensorsFile, Spec, read_json, write_json, write_safetensors
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,12 @@ from abba.checkpoint.manifest import (
 )
 from abba.checkpoint.slices import overlapping, slice_bounds
 from abba.errors import CheckpointError, RecipeError
+from abba.names import inside
 from abba.storage import (
     FileEntry,
     SafetensorsFile,
     Spec,
     hash_file,
-    inside,
     publish_directory,
     read_json,
     sync_directory,
@@ -91,10 +91,7 @@ def verify(directory: Path, rank: int = 0, world_size: int = 1) -> None:
     for name in sorted(present ^ (files.keys() | {MANIFEST})):
         raise CheckpointError(f"{directory / name}: {'is not in the manifest' if name in present else 'is missing'}")
     for name, entry in list(files.items())[rank::world_size]:
-        try:
-            actual = hash_file(directory / name)
-        except OSError as error:
-            raise CheckpointError(f"{directory / name}: cannot be read: {error.strerror}") from error
+        actual = hash_file(directory / name)
         if actual != entry:
             what = f"{actual.size} bytes, not {entry.size}" if actual.size != entry.size else "its SHA-256 differs"
             raise CheckpointError(f"{directory / name}: is damaged: {what}")

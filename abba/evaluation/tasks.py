@@ -64,7 +64,8 @@ def question_sources(name: str, path: str | None, limit: int | None = None) -> d
     if tasks[0] not in COMMONSENSE:
         return {name: _source(TASKS[name], path, limit)}
     if path is None:
-        raise DataError(f"{name}: has no place on the Hub; give --data, the directory {LLM_ADAPTERS}")
+        where = f"--data, evaluate.path in a recipe: the directory {LLM_ADAPTERS}"
+        raise DataError(f"{name}: has no place on the Hub; give {where}")
     if len(tasks) == 1 and Path(path).suffix in LOCAL_FORMATS:
         return {name: _source(_CHOICE, path, limit)}
     files = {task: Path(path) / task / "test.json" for task in tasks}

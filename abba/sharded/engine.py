@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib.util import find_spec
 from typing import Any
 
 import deepspeed
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from abba.checkpoint.format import MASTER, MOMENTS
 from abba.checkpoint.slices import slice_bounds
 from abba.errors import RecipeError, first_line
-from abba.sharded.owned_keys import SWITCHES
+from abba.sharded.owned_keys import SWITCHES, TRACKERS
 from abba.sharded.ranks import Ranks, refuse_hierarchy
 from abba.sharded.replicated import replicate
 
@@ -79,6 +80,8 @@ def checked_section(extra: Mapping[str, Any]) -> DeepSpeedZeroConfig:
             raise RecipeError(
                 f"deepspeed.{key}: {value!r} is no section; write {{enabled: true}} and what else it needs"
             )
+        if key in TRACKERS and value.get("enabled") and find_spec(key) is None:
+            raise RecipeError(f"deepspeed.{key}: {key} is not installed; pip install {key}, or leave the section out")
         if key != "zero_optimization":
             with _in_one_line(f"deepspeed.{key}"):
                 DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, key: value})
@@ -133,11 +136,22 @@ def start_engine(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepcopy(dict(config)))
     if step:
         _create_adam_state(engine, step)
+        engine.global_samples = step * engine.train_batch_size()  # over which it logs
     for name, parameter in trainable_parameters(engine):
         for kind in (MASTER, *MOMENTS) if step else (MASTER,):
             _set_local(parameter, kind, read(kind, name, *_bounds(parameter)))
     replicate(engine, added)
     return engine
+
+
+def track(engine: deepspeed.DeepSpeedEngine, values: Mapping[str, float]) -> None:
+    """Log to what the recipe's `deepspeed:` section names: DeepSpeed alone would tell it the learning rate only.
+
+    As DeepSpeed does, over the number of training examples so far.
+    """
+    if engine.monitor.enabled:
+        seen = engine.global_samples
+        engine.monitor.write_events([(f"Train/Samples/{name}", value, seen) for name, value in values.items()])
 
 
 def import_muon() -> None:

@@ -44,11 +44,8 @@ class FactorFile:
         """
         if not is_there(self.path):
             return None
-        try:
-            with SafetensorsFile(self.path) as file:
-                tensors = self._verified(file)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+        with SafetensorsFile(self.path) as file:
+            tensors = self._verified(file)
         factors = {}
         for module in dict.fromkeys(module for module, _ in self.shapes):
             a1_RI, b1_OR, a2_QI = (tensors[f"{module}.{factor}"] for factor in KEPT)

@@ -14,9 +14,11 @@ FREE_KEYS = (
     "wandb",
     "zero_optimization",
 )
+TRACKERS = ("tensorboard", "wandb")  # which need a package of their name
 # The others are sections.
 SWITCHES = ("dump_state", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")
-# Keys of a DeepSpeed configuration that follow from the recipe; `deepspeed:` may not set them a second time.
+# Keys of a DeepSpeed configuration that follow from the recipe; `deepspeed:` may not set them a second time. DeepSpeed
+# takes what begins with stage3_ without it too.
 OWNED_KEYS = {
     "train_batch_size": "set train.global_batch_size",
     "train_micro_batch_size_per_gpu": "set train.per_device_train_batch_size",
@@ -39,5 +41,6 @@ OWNED_KEYS = {
     "zero_optimization.zero_quantized_gradients": "gradients are reduced in fp32",
     "zero_optimization.cpu_offload": "an old name for offload_optimizer, which is not supported",
     "zero_optimization.cpu_offload_params": "an old name for offload_param: use that",
+    "zero_optimization.zenflow": "it splits the update of the optimizer; checkpoints read its state in place",
     "zero_optimization.offload_optimizer": "the optimizer state of an adapter is small; checkpoints read it in place",
 }

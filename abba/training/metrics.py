@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,20 @@ class Reporter:
         steps: of the whole run, for the bar and the ETA.
         logging_steps: how often a plain line is printed where there is no terminal, and slow ranks are looked for.
         startup: what the way to the first step took; said with it.
+        track: told of the numbers of each step, for where else the recipe logs to.
     """
 
-    def __init__(self, path: Path | None, steps: int, logging_steps: int, startup: Startup) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        steps: int,
+        logging_steps: int,
+        startup: Startup,
+        track: Callable[[Mapping[str, float]], None] = lambda values: None,
+    ) -> None:
         self._file = open(path, "ab", buffering=0) if path is not None else None  # noqa: SIM115  closed by __exit__
         self._pending = b""  # lines that a full disk has not taken yet
-        self._steps, self.logging_steps, self._startup = steps, logging_steps, startup
+        self._steps, self.logging_steps, self._startup, self._track = steps, logging_steps, startup, track
         self._console = Console(soft_wrap=True, highlight=False) if path is not None else None
         self._started, self._first_step = time.monotonic(), None
         self._bar: Progress | None = None
@@ -67,6 +76,7 @@ class Reporter:
         if self._file is None:
             return
         self._write(record)
+        self._track({key: value for key, value in record.items() if isinstance(value, int | float)})
         done = record["step"]
         if self._first_step is None:
             self._first_step = done - 1
@@ -88,6 +98,7 @@ class Reporter:
         """The held-out loss after `step`, as a line of its own."""
         if self._file is not None:
             self._write({"step": step, "eval_loss": loss})
+            self._track({"eval_loss": loss})
             self.say(f"step {step}/{self._steps}  eval loss {loss:.4f}")
 
     def saved(self, step: int, cost: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ class CheckpointSection(Section):
 
 class EvaluateSection(Section):
     task: Text = "gsm8k"  # math, commonsense, or one of its eight; see abba/text/graders.py
-    path: Text  # of commonsense the directory of TASK/test.json
+    path: Text | None = None  # None: gsm8k and math from the Hub; of commonsense the directory of TASK/test.json
     limit: Positive | None = None
     batch_size: Positive = 32
     max_new_tokens: Positive | None = None  # None: the task's
@@ -128,8 +128,11 @@ class Recipe(Section):
             mistakes.append(f"zero_optimization: {value['zero_optimization']!r} is no section")
         for key, way_out in OWNED_KEYS.items():
             section, _, inner = key.partition(".")
-            if section in value and (not inner or (isinstance(value[section], dict) and inner in value[section])):
+            given = value.get(section)
+            if not inner and section in value:
                 mistakes.append(f"{key} cannot be set here: {way_out}")
+            for name in {inner, inner.removeprefix("stage3_")} & (given.keys() if isinstance(given, dict) else set()):
+                mistakes.append(f"{section}.{name} cannot be set here: {way_out}")
         for key in value.keys() - FREE_KEYS - OWNED_KEYS.keys():
             mistakes.append(f"{key}: unknown key{suggestion(key, list(FREE_KEYS))}; known here: {', '.join(FREE_KEYS)}")
         if mistakes:

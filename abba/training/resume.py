@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from abba import __version__
 from abba.adapter.baseline import PEFT_MISSING
 from abba.adapter.config import BASELINES
 from abba.adapter.directory import read_description
@@ -25,7 +26,7 @@ from abba.text.chat import ChatTemplate
 from abba.text.prompt import CHAT
 from abba.training.attention import line_tokens
 
-SOFTWARE = ("abba-recipes", "torch", "deepspeed", "transformers", "safetensors")
+SOFTWARE = ("torch", "deepspeed", "transformers", "safetensors")
 # What changes what is shown or when it is saved, not what is computed.
 BYSTANDERS = ("logging_steps", "eval_steps", "per_device_eval_batch_size", "ddp_timeout")
 WEIGHTS = "model.weights"  # a checksum that is known once the base is loaded
@@ -61,7 +62,8 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path) -> dict[str,
         "data": {"tokens": tokens, "weights": weights, "eval_rows": data["eval_rows"], "packing": packing, **chat},
         "adapter": {key: value for key, value in recipe["adapter"].items() if key != "cache_factors"},
         "model": {**model, "config": config},
-        "software": {name: _version(name, method) for name in software},
+        # Our own by itself: a checkout may run without having been installed, as in a container.
+        "software": {"abba-recipes": __version__} | {name: _version(name, method) for name in software},
     }
 
 

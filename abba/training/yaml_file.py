@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from abba.errors import RecipeError, first_line
-from abba.storage import safe_name
+from abba.names import safe_name
 
 MAX_BYTES, MAX_DEPTH, MAX_EXTENDS = 20_000, 20, 8  # 20 kB take up to half a second to parse
 

@@ -130,7 +130,7 @@ def test_the_base_has_the_revision_of_the_training(tmp_path, monkeypatch, model)
     with subject(tmp_path / "run", "o/other") as run:
         assert run.base == TINY, "another repository has other revisions"
     cached.clear()
-    refused(CheckpointError, r"o/m --revision abc", tmp_path / "run", model)
+    refused(CheckpointError, r"o/m --revision abc", tmp_path / "run", model=model)
 
 
 def test_what_is_none_of_them_is_one_line(tmp_path, adapter):

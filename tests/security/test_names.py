@@ -14,7 +14,8 @@ from abba.base_model import load_whole
 from abba.checkpoint import format
 from abba.checkpoint.manifest import write_manifest
 from abba.errors import CheckpointError, RecipeError
-from abba.storage import hash_file, inside, safe_name
+from abba.names import inside, safe_name
+from abba.storage import hash_file
 from abba.training.recipe import load_recipe
 from tests import warm
 from tests.checkpoint.test_format import write_checkpoint

@@ -18,12 +18,14 @@ def said(tmp_path, monkeypatch, terminal):
     screen, startup = io.StringIO(), Startup()
     startup.done("model")
     monkeypatch.setattr(metrics, "Console", lambda **k: Console(file=screen, force_terminal=terminal, width=120, **k))
-    with metrics.Reporter(tmp_path / "metrics.jsonl", steps=25, logging_steps=10, startup=startup) as reporter:
+    log, tracked = tmp_path / "metrics.jsonl", []
+    with metrics.Reporter(log, steps=25, logging_steps=10, startup=startup, track=tracked.append) as reporter:
         for step in range(1, 26):
             reporter.step({"step": step, **RECORD})
             if step == 20:
                 reporter.evaluated(20, 0.5)
                 reporter.saved(20, {"save_bytes": 1000, "save_seconds": 0.5})
+    assert len(tracked) == 26 and tracked[0] == {"step": 1, **RECORD} and {"eval_loss": 0.5} in tracked
     return screen.getvalue()
 
 

@@ -76,6 +76,15 @@ def test_other_numbers_of_gpus_are_refused(name, world, overrides):
             "offload_param.device: nvme is not supported; write cpu",
         ),
         ("deepspeed.zero_optimization.offload_param.device=disk", "offload_param.device: 'disk'"),
+        (
+            "deepspeed.zero_optimization.module_granularity_threshold=10000",
+            "zero_optimization.module_granularity_threshold cannot be set here: it gathers whole layers",
+        ),
+        (
+            "deepspeed.zero_optimization.param_persistence_threshold=100000",
+            "zero_optimization.param_persistence_threshold cannot be set here: replicated are the factors",
+        ),
+        ("deepspeed.zero_optimization.zenflow={}", "zenflow cannot be set here"),
         ("deepspeed.tensorboard=true", "deepspeed.tensorboard: True is no section; write {enabled: true}"),
         ("deepspeed.tensorboard.paths=runs/tb", "deepspeed.tensorboard.paths: DeepSpeed knows no such key"),
         ("deepspeed.comms_logger.enabled=perhaps", "comms_logger.enabled: 'perhaps': Input should be a valid"),
@@ -87,3 +96,10 @@ def test_a_layout_that_does_not_suit_is_one_line(override, said):
     with pytest.raises(RecipeError) as error:
         configured("llama70b_gsm8k", 16, 8, override)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_start(monkeypatch):
+    monkeypatch.setattr("abba.sharded.engine.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="deepspeed.wandb: wandb is not installed; pip install wandb"):
+        configured("llama70b_gsm8k", 8, 8, "deepspeed.wandb={enabled: true, project: p}")
+    configured("llama70b_gsm8k", 8, 8, "deepspeed.wandb={enabled: false}")
