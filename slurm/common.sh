@@ -30,6 +30,7 @@ refuse() { # CODE MESSAGE
 export ABBA_ENV ABBA_MOUNTS ABBA_SCRATCH ABBA_SCRATCH_GIB ABBA_EVALUATE # to the next job too
 export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
 
+OWN=(TMPDIR TORCH_EXTENSIONS_DIR TRITON_CACHE_DIR) # variables that are this job's, and not the next one's
 settings() {
     # The Hub: nothing is downloaded from compute nodes; its cache has to be on storage that all nodes see.
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -43,6 +44,7 @@ settings() {
     export MASTER_ADDR MASTER_PORT
     # sbatch's --cpus-per-task does not reach srun by itself (since SLURM 22.05).
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    [ -n "${OMP_NUM_THREADS:-}" ] || OWN+=(OMP_NUM_THREADS)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 }
 
@@ -139,7 +141,7 @@ make_scratch() { # node-local; one per start: a job killed while it compiles lea
 
 remove_scratch() { srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 rm -rf "$TMPDIR"; }
 
-check_nodes() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE, TASK, the recipe's values
+check_nodes() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE, METHOD, TASK, the recipe's values
     local code=0 said
     ranks_per_node
     make_scratch
@@ -148,7 +150,7 @@ check_nodes() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE, TASK, the r
         --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" --free-gib "$ABBA_SCRATCH_GIB" "${@:2}") || code=$?
     [ $code = 0 ] || leave $code "preflight: see the lines above that name a node; nothing was started"
     # shellcheck disable=SC2034  # the templates use them
-    { read -r RUN && read -r BASE && read -r REVISION && read -r DTYPE && read -r TASK; } <<< "$said"
+    { read -r RUN && read -r BASE && read -r REVISION && read -r DTYPE && read -r METHOD && read -r TASK; } <<< "$said"
 }
 
 check_plan() { # RECIPE OVERRIDES: does it fit these GPUs?
@@ -162,7 +164,10 @@ check_plan() { # RECIPE OVERRIDES: does it fit these GPUs?
 # --- After it -------------------------------------------------------------------------------------------------------
 
 chain() { # after check_nodes: the next job, once; it starts when this one has ended well and vanishes when it has not
-    if [ "$ABBA_CHAIN" = no ] || [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then return; fi
+    [ "$ABBA_CHAIN" = yes ] || return 0
+    [ "$METHOD" != full ] || { say "no job follows: score what this one trains with evaluate.py --model $RUN/model" && return; }
+    local note=$RUN/.next-of-$JOB # an earlier start of this job may have got that far, or not
+    if [ -s "$note" ]; then NEXT=$(< "$note") && return; fi
     local next=(sbatch --parsable --dependency="afterok:$JOB" --kill-on-invalid-dep=yes
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
         ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} --gpus-per-node="$RANKS_PER_NODE"
@@ -170,7 +175,9 @@ chain() { # after check_nodes: the next job, once; it starts when this one has e
         slurm/convert_evaluate.sh "$RUN")
     # This job's own SLURM_ variables would be the next one's defaults.
     # shellcheck disable=SC2046  # names, which hold no spaces
-    if NEXT=$(unset $(compgen -e SLURM_ | grep -vx SLURM_CONF) && "${next[@]}"); then
+    if NEXT=$(unset "${OWN[@]}" $(compgen -e SLURM_ | grep -vx SLURM_CONF) && "${next[@]}"); then
+        { rm -f "$RUN"/.next-of-* && mkdir -p "$RUN" && echo "$NEXT" > "$note"; } ||
+            say "WARNING: $note cannot be written: requeued, this job will ask for another one like job $NEXT"
         say "job $NEXT converts what this one trains, and $(will_score "$ABBA_EVALUATE")"
     else
         say "WARNING: sbatch refused the next job; after this one run: sbatch slurm/convert_evaluate.sh '$RUN'"

@@ -12,7 +12,7 @@
 #SBATCH --output=%x-%j.out
 ##SBATCH --account=YOUR_ACCOUNT
 ##SBATCH --partition=YOUR_PARTITION
-# A finished run as a LoRA that vLLM serves, in RUN-lora, and its score, in RUN-score: one process on one node.
+# A finished run as a LoRA that vLLM serves, in RUN-lora, and its score, in RUN/score: one process on one node.
 #
 #     sbatch slurm/convert_evaluate.sh runs/gsm8k
 #     sbatch slurm/convert_evaluate.sh runs/gsm8k --limit 200        # arguments of launch/evaluate.py
@@ -33,18 +33,17 @@ begin "$@"
 [ $# -gt 0 ] || refuse 64 "say which run: sbatch slurm/convert_evaluate.sh runs/NAME"
 run=${1%/}
 check_nodes "$run/recipe.yaml"
+[ "$METHOD" != full ] || leave 64 "$run was trained whole: score it with evaluate.py --model $run/model"
 read -ra evaluate <<< "$ABBA_EVALUATE"
 
 then_leave() { [ "$1" = 0 ] || leave "$1" "the message above says why; the same sbatch command tries again"; }
 
-method=$(sed -n 's/^  method: \([a-z]*\)$/\1/p' "$run/recipe.yaml")
-[ "$method" != full ] || refuse 64 "$run was trained whole: score it with evaluate.py --model $run/model"
 form=(--format lora)
-[ "${method:-abba}" = abba ] || form=()    # what another method has trained has one form
+[ "$METHOD" = abba ] || form=()    # what another method has trained has one form
 on_first_node python launch/convert.py "$run" "$run-lora" "${form[@]}" --verify --force
 then_leave $?
 will_score "${evaluate[@]}" "${@:2}" || leave 0 "the LoRA is $run-lora"
 on_first_node python launch/evaluate.py --model "$BASE" ${REVISION:+--revision "$REVISION"} --dtype "$DTYPE" \
-    --adapter "$run/adapter" ${TASK:+--task "$TASK"} --output "$run-score" "${evaluate[@]}" "${@:2}"
+    --adapter "$run/adapter" ${TASK:+--task "$TASK"} --output "$run/score" "${evaluate[@]}" "${@:2}"
 then_leave $?
-leave 0 "the LoRA is $run-lora, the score $run-score/scores.json"
+leave 0 "the LoRA is $run-lora, the score $run/score/scores.json"

@@ -6,7 +6,7 @@
 Checked are the Python environment, the recipe's base model, the scratch directory, the GPUs, and that every node
 reaches the first one at MASTER_ADDR:MASTER_PORT. A network that the ranks could not use to the full is a warning. The
 first node prints what a batch script needs to know of the recipe, a value a line: output_dir, base model, its revision,
-dtype, and the task that its dataset has a test split of.
+dtype, method, and the task that its dataset has a test split of.
 """
 
 import argparse
@@ -25,7 +25,6 @@ INFINIBAND = Path("/dev/infiniband")  # RoCE's devices too
 VERBS = "libibverbs.so.1"
 MEET_SECONDS = float(os.environ.get("ABBA_MEET_SECONDS", "60"))
 GIB = 2**30
-TASKS = {"openai/gsm8k": "gsm8k"}  # of launch/evaluate.py, by the dataset whose test split it is
 
 
 class RefusedError(Exception):
@@ -119,6 +118,7 @@ def network_warning(nodes: int, devices: Path = INFINIBAND) -> str:
 def check_recipe(name: str, overrides: list[str], number: int) -> None:
     from abba.base_model import find_base
     from abba.errors import AbbaError
+    from abba.evaluation.tasks import TASKS
     from abba.sharded.engine import checked_section
     from abba.training.recipe import load_recipe
     from abba.training.resume import refuse_no_start
@@ -134,8 +134,9 @@ def check_recipe(name: str, overrides: list[str], number: int) -> None:
         ) from None
     if number == 0:
         model, paths = recipe.model, {source.path for source in recipe.data.all_sources}
-        task = next((task for dataset, task in TASKS.items() if dataset in paths), "")
-        print(recipe.output_dir, model.name_or_path, model.revision or "", model.dtype, task, sep="\n")
+        task = next((name for name, task in TASKS.items() if task.hub_path in paths), "")
+        print(recipe.output_dir, model.name_or_path, model.revision or "", model.dtype, sep="\n")
+        print(recipe.adapter.method, task, sep="\n")
     try:
         base = find_base(recipe.model.name_or_path, recipe.model.revision)
         if not any(base.glob("*.safetensors")):

@@ -18,7 +18,8 @@
 #
 #     sbatch slurm/sweep.sh
 #     ABBA_RATES="1e-3 2e-3" sbatch --array=0-1 slurm/sweep.sh train.num_train_epochs=2    # overrides of the recipe
-#     grep exact_match runs/sweep/*-score/scores.json                                      # compares them
+#     ABBA_RECIPE=gsm8k_lora ABBA_RATES="1e-4 2e-4 5e-4" sbatch --array=0-2 slurm/sweep.sh    # another recipe
+#     grep exact_match runs/sweep/*/*/score/scores.json                                       # compares them
 #
 # Edit: account and partition above, where your cluster asks for them; nodes, GPUs (a task for each) and CPUs; the
 # two lines below. sbatch's options and the environment win:
@@ -26,7 +27,8 @@
 : "${ABBA_ENV:=venv:.venv}"    # what python runs in: venv:DIRECTORY, module:NAME, apptainer:IMAGE, pyxis:IMAGE
 : "${ABBA_SCRATCH:=/tmp}"      # a node-local directory for what is temporary
 : "${ABBA_RATES:=3e-4 5e-4 1e-3 2e-3}"    # as many as the array has elements
-: "${ABBA_SWEEP:=runs/sweep}"               # holds the runs, each under its rate
+: "${ABBA_RECIPE:=gsm8k}"
+: "${ABBA_SWEEP:=runs/sweep/$(basename "$ABBA_RECIPE" .yaml)}"    # holds the runs, each under its rate
 
 SELF=$(realpath "$0") && cd "${SLURM_SUBMIT_DIR:-$(dirname "$SELF")/..}" || exit
 [ -f slurm/common.sh ] || { echo "slurm: $PWD is not the repository's top directory; sbatch from there" >&2; exit 64; }
@@ -38,4 +40,4 @@ if [ -z "$rate" ] || [ "${#rates[@]}" != "${SLURM_ARRAY_TASK_COUNT:-0}" ]; then
     refuse 64 "ABBA_RATES has ${#rates[@]} rates, the array ${SLURM_ARRAY_TASK_COUNT:-0} elements:" \
         "sbatch --array=0-$((${#rates[@]} - 1)) slurm/sweep.sh"
 fi
-train "${ABBA_RECIPE:-gsm8k}" "train.learning_rate=$rate" "output_dir=$ABBA_SWEEP/$rate" "$@"
+train "$ABBA_RECIPE" "train.learning_rate=$rate" "output_dir=$ABBA_SWEEP/$rate" "$@"

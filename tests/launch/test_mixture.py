@@ -56,7 +56,8 @@ def test_prepared_trained_resumed_and_scored(run, tmp_path):
     assert second.startswith(f"{tmp_path}/talks.jsonl: ") and "weight 2: " in second
     score = [f"evaluate.path={STORIES / 'test.jsonl'}", "evaluate.limit=2", "evaluate.max_new_tokens=4"]
     saving = ["checkpoint.save_steps=2", f"output_dir={tmp_path / 'run'}"]
-    whole = run(1, "train", *saving, *score)
+    log = "deepspeed.csv_monitor={{enabled: true, output_path: {}, job_name: {}}}"
+    whole = run(1, "train", *saving, *score, log.format(tmp_path, "whole"))
     assert whole.returncode == 0, whole.stderr
     assert "tokenised into" not in whole.stdout and second in whole.stdout
     scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
@@ -66,10 +67,14 @@ def test_prepared_trained_resumed_and_scored(run, tmp_path):
     begun = [*other, f"checkpoint.resume={tmp_path / 'run/checkpoints/step-000002'}"]
     reweighted = run(2, "train", *begun, "data.sources.1.weight=1")
     assert reweighted.returncode == 66 and "data.weights was [1.0, 2.0], is [1.0, 1.0]" in reweighted.stderr
-    resumed = run(3, "train", *begun)
+    resumed = run(3, "train", *begun, log.format(tmp_path, "resumed"))
     assert resumed.returncode == 0, resumed.stderr
     ours, theirs = (read_metrics(tmp_path / name) for name in ("run", "other"))
     assert [record["loss"] for record in theirs] == [record["loss"] for record in ours[2:]]
+    for name, records in (("whole", ours), ("resumed", theirs)):  # over the examples seen, which resuming goes on with
+        logged = (tmp_path / name / "Train_Samples_loss.csv").read_text().splitlines()
+        assert logged == ["step,loss", *(f"{8 * record['step']},{record['loss']}" for record in records)]
+        assert len((tmp_path / name / "Train_Samples_lr.csv").read_text().splitlines()) == 1 + len(records)
 
     command = ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "run/adapter")]
     asked = warm.run(tmp_path / "ask", "launch/generate.py", *command, "--prompt", "How many?", "--max-new-tokens", "4")

@@ -32,7 +32,7 @@ def test_one_command_trains_converts_and_scores(jobs, reference):
     assert "4 rank(s) x 1 micro-batch(es) a step" in log  # and not four runs of one rank
     following = re.search(r"== job (\d+) converts what", log)[1]
     assert jobs.wait(following) == "COMPLETED", jobs.log(following)
-    assert json.loads(run.with_name(f"{run.name}-score").joinpath("scores.json").read_text())["n"] == 16
+    assert json.loads((run / "score/scores.json").read_text())["n"] == 16
     lora = json.loads(run.with_name(f"{run.name}-lora").joinpath("adapter_config.json").read_text())
     assert lora["r"] == 12
     assert not list((jobs.root / "scratch").glob(f"abba-{following}-*"))

@@ -85,6 +85,29 @@ def test_the_next_job_outlives_a_requeue(jobs, counting):
     assert jobs.show(following)["JobState"] == "PENDING"
     assert jobs.wait(job) == "COMPLETED"
     assert jobs.wait(following) == "COMPLETED", jobs.log(following)
+    said = jobs.log(job)
+    assert said.count(" converts what") == 1 and f"converted next by job {following}" in said
+
+
+def test_the_next_job_is_asked_for_once_whenever_the_first_is_requeued(jobs, counting):
+    run = jobs.root / "requeued early"
+    job = counting(run, ABBA_CHAIN="yes")
+    jobs.until(lambda: "== preflight on" in jobs.log(job), job, "its preflight")
+    jobs.control("scontrol", "requeue", job)
+    jobs.until_restarted(job, 1)
+    assert jobs.wait(job) == "COMPLETED"
+    said = jobs.log(job)
+    assert said.count(" converts what") == 1, said
+    following = said.split(" converts what")[0].split()[-1]
+    assert jobs.wait(following) == "COMPLETED", jobs.log(following)
+
+
+def test_no_job_follows_what_is_trained_whole(jobs, counting):
+    run = jobs.root / "counted whole"
+    job = counting(run, ABBA_CHAIN="yes")
+    assert jobs.wait(job) == "COMPLETED"
+    said = jobs.log(job)
+    assert "no job follows: score what this one trains with evaluate.py --model" in said and "converts what" not in said
 
 
 def test_an_array_element_that_comes_back_comes_alone(jobs, counter):

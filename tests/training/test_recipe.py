@@ -1,5 +1,6 @@
 """Recipes: what is accepted, and that each mistake is named with its way out."""
 
+import importlib.metadata
 import os
 import random
 import re
@@ -13,8 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+import abba
 from abba.errors import RecipeError
 from abba.training.recipe import Recipe, load_recipe
+from abba.training.resume import fingerprint
+from tests.distributed.ranks import TINY
 from tests.quick import assert_quick
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
@@ -310,3 +314,18 @@ def test_mutated_recipes_load_or_are_refused_quickly(tmp_path, data):
     except (RecipeError, UnicodeEncodeError):
         pass
     assert time.process_time() - started < 1
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
+    """In a container it is mounted; what decides the numbers of a run is recorded all the same."""
+    installed = importlib.metadata.version
+
+    def only_others(name):
+        if name == "abba-recipes":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", only_others)
+    recipe = load_recipe("quickstart", ["model.attn_implementation=sdpa"], SHIPPED)
+    software = fingerprint(recipe.model_dump(mode="json"), "", TINY)["software"]
+    assert software["abba-recipes"] == abba.__version__ == installed("abba-recipes") and "torch" in software
