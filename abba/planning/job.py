@@ -113,6 +113,13 @@ class Job:
         """Adapted linears of a layer, at most."""
         return -(-len(self.targets) // self.architecture.layers)
 
+    @property
+    def dropped_out(self) -> int:
+        """Input features of a layer's adapted linears, at most, where each LoRA drops some out on its own."""
+        if not getattr(self.adapter, "dropout", 0.0):
+            return 0
+        return -(-sum(into for _, into in self.targets.values()) // self.architecture.layers)
+
     @cached_property
     def targets(self) -> Mapping[str, tuple[int, int]]:
         return self.architecture.targets(self.adapter)

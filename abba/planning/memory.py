@@ -90,9 +90,12 @@ def layer_bytes(job: Job) -> int:
     model, element, scores = job.architecture, job.element_bytes, job.architecture.heads * job.tokens
     query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
     per_token = model.norms * (model.hidden + 1) * FP32  # a norm works in fp32
-    per_token += 2 * model.hidden * element  # the inputs of attention and MLP
     per_token += job.adapted * job.rank * element  # x A_kr of every adapted linear
-    per_token += 4 * model.mlp * element  # gate, its activation, up, their product
+    per_token += 3 * model.mlp * element  # gate, its activation, up
+    if job.dropped_out:
+        per_token += job.dropped_out * (element + 1)  # what dropout leaves of each linear's input, and which
+    else:
+        per_token += (2 * model.hidden + model.mlp) * element  # the inputs of attention, MLP and down_proj
     per_token += (2 + job.by_row) * query * element  # q and the output; that of each row, and of all together
     per_token += 2 * (query if job.masked else key) * element  # k and v: with a mask they are repeated for every head
     if job.attention_kind == "eager":

@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import abba.training.loss
 from abba import AdapterConfig, inject
+from abba.adapter.baseline import inject_baseline
+from abba.adapter.config import BaselineConfig
 from abba.planning.architecture import architecture_of
 from abba.planning.job import Job
 from abba.planning.memory import CHUNK, backward_bytes, evaluation_bytes, kept_bytes, layer_bytes, loss_bytes
@@ -22,7 +24,7 @@ from tests.warm import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 from measure import peak_bytes
 
-BF16, NEAR = 2, 0.04
+BF16, NEAR, ABBA = 2, 0.04, AdapterConfig(4, 4, 16.0)
 ROWS_OF_TOKENS = (8, 128)  # two chunks of supervised tokens
 SHAPE = {
     "hidden_size": 256,
@@ -54,13 +56,23 @@ class Rows:
         return torch.arange(1, self._lengths[row])
 
 
-def build(family, attention, layers=3, *, vocab=256, mode="none", rank=4, packing=False, shape=ROWS_OF_TOKENS, **more):
+def build(
+    family,
+    attention,
+    layers=3,
+    *,
+    vocab=256,
+    mode="none",
+    adapter=ABBA,
+    packing=False,
+    shape=ROWS_OF_TOKENS,
+    **more,
+):
     """(model with adapters in bf16 that returns losses, a batch as training makes it, the job that plans it)."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SHAPE, num_hidden_layers=layers, vocab_size=vocab, **more)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).train()
-    adapter = AdapterConfig(rank, rank, 16.0)
-    inject(model, adapter)
+    (inject_baseline if isinstance(adapter, BaselineConfig) else inject)(model, adapter)
     enable_checkpointing(model, mode)
     return_losses(model)
     rows, tokens = shape
@@ -109,6 +121,15 @@ def test_what_a_layer_saves(family, attention, more, packing):
     assert layer_bytes(job) + scaled_norms == three - two
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_dropout_saves(dropout):
+    """On a GPU one byte says of each feature whether it is left; on a CPU a factor in the model's own dtype does."""
+    adapter = BaselineConfig("lora", 8, 16.0, dropout)
+    (three, job), (two, _) = (saved_bytes(*LLAMA, layers, adapter=adapter) for layers in (3, 2))
+    features = (6 * SHAPE["hidden_size"] + SHAPE["intermediate_size"]) * bool(dropout)
+    assert layer_bytes(job) + job.micro_tokens * features * (BF16 - 1) == three - two
+
+
 def peak_of_a_micro_batch(model, batch):
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -117,7 +138,7 @@ def peak_of_a_micro_batch(model, batch):
 
 
 FEW, MANY = {"vocab": 256}, {"vocab": 8192}
-WIDE = {"vocab": 256, "rank": 16}
+WIDE = {"vocab": 256, "adapter": AdapterConfig(16, 16, 16.0)}
 LLAMA, GEMMA = ("llama", "sdpa"), ("gemma2", "eager")
 
 
