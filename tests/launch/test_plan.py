@@ -121,3 +121,34 @@ def test_the_table_of_gpus_leaves_nothing_out_silently(tmp_path, more):
     refused = plan(tmp_path, "--recipe", "gsm8k", "--table", more)
     assert refused.returncode == 2 and refused.stdout == ""
     assert more.partition("=")[0] in refused.stderr.splitlines()[-1]
+
+
+OFFLOADED = ["deepspeed.zero_optimization.offload_param.device=cpu"]
+
+
+@pytest.mark.parametrize(
+    "recipe, gpus, gib, more",
+    [  # what the recipes' headers and comments say is enough; a GPU "of 24 GB" has 22.5 GiB
+        ("commonsense_llama3.2_1b", 1, 14.6, []),
+        ("commonsense_llama3.2_3b", 1, 22.5, []),
+        ("gsm8k", 1, 22.5, []),
+        ("gsm8k_qwen2.5_32b", 4, 39.4, []),
+        ("gsm8k_qwen2.5_32b", 8, 22.5, []),
+        ("gsm8k_qwen2.5_32b", 4, 22.5, OFFLOADED),
+        ("gsm8k_qwen2.5_32b", 2, 22.5, OFFLOADED),
+        ("llama70b_gsm8k", 8, 39.4, []),
+        ("llama70b_gsm8k", 4, 79, []),
+        ("llama70b_gsm8k", 8, 22.5, OFFLOADED),
+        ("llama70b_gsm8k", 4, 39.4, OFFLOADED),
+        ("metamath_gemma2_9b", 1, 39.4, []),
+        ("metamath_gemma2_9b", 2, 22.5, []),
+        ("metamath_llama70b", 8, 79, ["--nodes", "2"]),
+        ("metamath_llama70b", 8, 79, ["deepspeed.zero_optimization.zero_hpz_partition_size=1"]),
+        ("metamath_mistral7b", 1, 22.5, []),
+    ],
+)
+def test_the_hardware_that_a_recipe_names_is_enough(tmp_path, recipe, gpus, gib, more):
+    cluster = ["--gpus-per-node", str(gpus), "--gpu-memory-gib", str(gib)]
+    assert plan(tmp_path, "--recipe", recipe, *cluster, *more).returncode == 0
+    if more == OFFLOADED:
+        assert plan(tmp_path, "--recipe", recipe, *cluster).returncode == 64, "it needs no offloading"
