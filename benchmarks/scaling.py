@@ -82,10 +82,15 @@ def engine_of(
         for name, linear in find_targets(model, ADAPTER).items()
     }
     inject(model, ADAPTER, factors=random)
-    enable_checkpointing(model, checkpointing)
     return_losses(model)
     masters = {f"{name}.{key}": value for name, four in random.items() for key, value in four._asdict().items()}
-    return start_engine(model, zero, {"lr": 1e-4}, lambda kind, name, start, stop: masters[name].flatten()[start:stop])
+
+    def read(kind: str, name: str, start: int, stop: int) -> Tensor:
+        return masters[name].flatten()[start:stop]
+
+    engine = start_engine(model, zero, {"lr": 1e-4}, read)
+    enable_checkpointing(model, checkpointing)
+    return engine
 
 
 def inputs_of(ids_LT: Tensor) -> tuple[Tensor, ...]:

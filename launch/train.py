@@ -230,9 +230,9 @@ def build(
         )
 
         # Engine: base sharded, factors replicated, gradient checkpointing, fp32 masters that no rounding has touched.
-        enable_checkpointing(model, settings.gradient_checkpointing)
         say(f"loss: {return_losses(model)}")
         engine = start_engine(model, config, settings.adam(), read, first)
+        enable_checkpointing(model, settings.gradient_checkpointing)
     del read  # full fp32 copies; the engine holds its slices
     startup.done("engine")
     if resumed is None and init_from is None:

@@ -144,6 +144,19 @@ def start_engine(
     return engine
 
 
+class _Passed:
+    """In place of the two autograd functions in which DeepSpeed gathers a module's weights for backward."""
+
+    @staticmethod
+    def apply(tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def needs_no_weight_in_backward(module: nn.Module) -> None:
+    """Before the engine starts: spare the gather for a frozen module whose backward reads saved tensors alone."""
+    module.pre_bwd_fn = module.post_bwd_fn = _Passed  # DeepSpeed makes its own where a module has none
+
+
 def track(engine: deepspeed.DeepSpeedEngine, values: Mapping[str, float]) -> None:
     """Log to what the recipe's `deepspeed:` section names: DeepSpeed alone would tell it the learning rate only.
 

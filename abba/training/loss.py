@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from abba.sharded.engine import needs_no_weight_in_backward
 from abba.training.attention import borders_of
 
 CHUNK = 512  # supervised tokens: with 128,256 words their fp32 logits take 263 MB
@@ -100,6 +101,7 @@ def return_losses(model: PreTrainedModel) -> str:
         model.forward = _fused(model, head)
         if head.weight.requires_grad:
             return "logits of all supervised tokens at once, because the head trains too"
+        needs_no_weight_in_backward(head)
         return f"logits of {CHUNK} supervised tokens at a time"
     model.forward = _through_logits(model.forward)
     return f"logits of all tokens at once: {model.config.model_type}'s head is not one of {', '.join(PLAIN_HEADS)}"
