@@ -75,7 +75,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from abba.checkpoint.convert import Form, convert_source, refuse_overlap
     from abba.checkpoint.deepspeed_files import is_deepspeed_checkpoint
     from abba.checkpoint.source import open_source, refuse_missing
-    from abba.checkpoint.trained_base import trained_base
+    from abba.evaluation.trained_base import trained_base
 
     refuse_missing(arguments.source)
     refuse_overlap(arguments.destination, arguments.source, "SRC")
@@ -105,8 +105,8 @@ def refuse_senseless(arguments: argparse.Namespace, whole: bool, names_base: boo
     if arguments.format == "merged" and not arguments.base:
         raise RecipeError("--format merged: needs --base, the model to merge into")
     for option, given in (("--revision", arguments.revision), ("--any-base", arguments.any_base)):
-        if given and not arguments.base:
-            raise RecipeError(f"{option}: says more of --base, which is missing; add it or leave this out")
+        if given and not (arguments.base and (arguments.verify or whole)):
+            raise RecipeError(f"{option}: is of a --base that is read, to merge into or with --verify; leave it out")
     if arguments.base and not (arguments.verify or whole or names_base):
         raise RecipeError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
 

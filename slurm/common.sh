@@ -167,7 +167,7 @@ chain() { # after check_nodes: the next job, once; it starts when this one has e
     [ "$ABBA_CHAIN" = yes ] || return 0
     [ "$METHOD" != full ] || { say "no job follows: score what this one trains with evaluate.py --model $RUN/model" && return; }
     local note=$RUN/.next-of-$JOB # an earlier start of this job may have got that far, or not
-    if [ -s "$note" ]; then NEXT=$(< "$note") && return; fi
+    if [ -s "$note" ] && NEXT=$(< "$note") && [ -n "$(squeue -h -j "$NEXT" 2> /dev/null)" ]; then return; fi
     local next=(sbatch --parsable --dependency="afterok:$JOB" --kill-on-invalid-dep=yes
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
         ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} --gpus-per-node="$RANKS_PER_NODE"
@@ -176,7 +176,7 @@ chain() { # after check_nodes: the next job, once; it starts when this one has e
     # This job's own SLURM_ variables would be the next one's defaults.
     # shellcheck disable=SC2046  # names, which hold no spaces
     if NEXT=$(unset "${OWN[@]}" $(compgen -e SLURM_ | grep -vx SLURM_CONF) && "${next[@]}"); then
-        { rm -f "$RUN"/.next-of-* && mkdir -p "$RUN" && echo "$NEXT" > "$note"; } ||
+        { mkdir -p "$RUN" && echo "$NEXT" > "$note"; } ||
             say "WARNING: $note cannot be written: requeued, this job will ask for another one like job $NEXT"
         say "job $NEXT converts what this one trains, and $(will_score "$ABBA_EVALUATE")"
     else

@@ -80,7 +80,7 @@ def checked_section(extra: Mapping[str, Any]) -> DeepSpeedZeroConfig:
             raise RecipeError(
                 f"deepspeed.{key}: {value!r} is no section; write {{enabled: true}} and what else it needs"
             )
-        if key in TRACKERS and value.get("enabled") and find_spec(key) is None:
+        if key in TRACKERS and value.get("enabled") and not is_installed(key):
             raise RecipeError(f"deepspeed.{key}: {key} is not installed; pip install {key}, or leave the section out")
         if key != "zero_optimization":
             with _in_one_line(f"deepspeed.{key}"):
@@ -90,6 +90,12 @@ def checked_section(extra: Mapping[str, Any]) -> DeepSpeedZeroConfig:
     if checked.offload_param is not None and checked.offload_param.device == OffloadDeviceEnum.nvme:
         raise RecipeError("deepspeed.zero_optimization.offload_param.device: nvme is not supported; write cpu")
     return checked
+
+
+def is_installed(package: str) -> bool:
+    """Not by a directory of its name alone, which wandb leaves where a run was started."""
+    found = find_spec(package)
+    return found is not None and found.origin is not None
 
 
 @contextmanager

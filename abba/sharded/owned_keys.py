@@ -40,7 +40,7 @@ OWNED_KEYS = {
     "zero_optimization.zero_quantized_nontrainable_weights": "it would quantise the frozen base silently",
     "zero_optimization.zero_quantized_gradients": "gradients are reduced in fp32",
     "zero_optimization.cpu_offload": "an old name for offload_optimizer, which is not supported",
-    "zero_optimization.cpu_offload_params": "an old name for offload_param: use that",
+    "zero_optimization.cpu_offload_param": "an old name for offload_param: use that",
     "zero_optimization.zenflow": "it splits the update of the optimizer; checkpoints read its state in place",
     "zero_optimization.offload_optimizer": "the optimizer state of an adapter is small; checkpoints read it in place",
 }

@@ -6,7 +6,9 @@ runs/NAME/
     checkpoints/       step-000100/ and so on
     adapter/           the result, in PEFT's LoHa form or another method's own
     model/             the result of full fine-tuning, in its place
+    evaluation/        its score, where the recipe asks; score/ where slurm/convert_evaluate.sh does
     begun.json         the batch job that has begun it, if it was one
+    .next-of-JOB       the SLURM job that follows JOB
     lock.json, starts.json, failures/    of a run that is alive, or did not end well
 """
 
@@ -114,7 +116,7 @@ class RunDirectory:
         with self._writing():
             if step == 0:
                 remove_checkpoints(self.checkpoints)
-                for path in (self.adapter, self.model, self.evaluation):
+                for path in (self.adapter, self.model, self.evaluation, self.path / "score"):
                     shutil.rmtree(path, ignore_errors=True)
             for path in remove_leftovers(self.checkpoints):
                 say(f"checkpoint: removed {path}, which an earlier start left unfinished")

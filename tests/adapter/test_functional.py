@@ -107,6 +107,20 @@ def test_saved_for_backward_are_the_input_h_and_the_factors():
     assert sum(t.numel() for t in saved) == sum(t.numel() for t in inputs) + h_size
 
 
+def test_bfloat16_gradients_stay_as_close_as_those_of_autograd():
+    """Each rounds a product before it is summed; the shape is one at which sums are long."""
+    shape = {"tokens": (2, 64), "out_features": 192, "in_features": 160, "r1": 16, "r2": 16}
+    narrow = [t.requires_grad_(index < 5) for index, t in enumerate(problem(torch.bfloat16, **shape))]
+    textbook = [t.detach().clone().requires_grad_(t.requires_grad) for t in narrow]
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in narrow]
+    for x, a1, b1, a2, b2, weight, bias in (textbook, wide):
+        hidden = x @ khatri_rao(a1, a2).T
+        (x @ weight.T + bias + SCALE * (hidden @ khatri_rao(b1.T, b2.T))).sum().backward()
+    apply(*narrow).sum().backward()
+    for ours, theirs, exact in zip(narrow[:5], textbook[:5], wide[:5], strict=True):
+        assert relative(ours.grad, exact.grad) <= max(8e-3, 1.2 * relative(theirs.grad, exact.grad))
+
+
 def test_bfloat16_stays_close_to_the_definition():
     narrow = problem(torch.bfloat16)
     x, a1, b1, a2, b2, weight, bias = (t.double() for t in narrow)

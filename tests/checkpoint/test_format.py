@@ -1,5 +1,6 @@
 """Checkpoints as files: slices join to the tensor, damage is named, the newest valid one is found."""
 
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from abba.checkpoint.convert import convert
 from abba.checkpoint.slices import overlapping, slice_bounds
 from abba.checkpoint.source import find_checkpoint
 from abba.errors import CheckpointError
-from abba.storage import SafetensorsFile, Spec, write_safetensors
+from abba.storage import SafetensorsFile, Spec, hash_file, read_json, write_safetensors
 
 SHAPES = {"m.A1": (3, 5), "m.B1": (7, 3), "m.A2": (2, 5), "m.B2": (7, 2)}
 
@@ -197,3 +198,21 @@ def test_headers_that_do_not_describe_their_bytes_are_refused(tmp_path, entry):
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
     with pytest.raises(CheckpointError):
         SafetensorsFile(tmp_path / "x.safetensors")
+
+
+def test_a_disk_that_fails_while_it_is_read_names_the_file(tmp_path, monkeypatch):
+    """The error of an open file's descriptor names none. Reading the start of this one fails, for root too."""
+    failing = tmp_path / "failing"
+    failing.symlink_to("/proc/self/mem")
+    for read in (hash_file, read_json, SafetensorsFile):
+        with pytest.raises(CheckpointError, match="failing: cannot be read: Input/output error"):
+            read(failing)
+    write_safetensors(tmp_path / "whole", {"a": Spec((3,), torch.float32)}, [torch.ones(3)], {})
+
+    def fails(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with SafetensorsFile(tmp_path / "whole") as file:
+        monkeypatch.setattr(os, "preadv", fails)
+        with pytest.raises(CheckpointError, match="whole: cannot be read: Stale file handle"):
+            file.read_full("a")

@@ -171,8 +171,8 @@ MERGED = ["--format", "merged", "--base"]
         (lambda m, t: [m, t / "out", "--format", "lora", "--rank", "17"], 64, "is not between 1 and r1*r2 = 16"),
         (lambda m, t: [m, t / "out", "--base", str(TINY)], 64, "is used by --verify alone"),
         (lambda m, t: [m, t / "out", "--alpha", "16"], 64, "--alpha 16: "),
-        (lambda m, t: [m, t / "out", "--any-base"], 64, "--any-base: says more of --base, which is missing"),
-        (lambda m, t: [m, t / "out", "--revision", "v1"], 64, "--revision: says more of --base, which is missing"),
+        (lambda m, t: [m, t / "out", "--any-base"], 64, "--any-base: is of a --base that is read"),
+        (lambda m, t: [m, t / "out", "--revision", "v1", "--base", "o/m"], 64, "--revision: is of a --base that is read"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line_and_leave_nothing(convert, made, tmp_path, arguments, code, expected):

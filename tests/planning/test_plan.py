@@ -48,7 +48,8 @@ def test_weights_are_gathered_as_often_as_checkpointing_asks():
     layers = 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
     head, down, again = 128256 * 4096, 14336 * 4096 * 32, (83_886_080 + 65 * 4096) * 2
     gathered = {mode: plan(job(checkpointing=mode), NODE).traffic.gathered for mode in ("none", "reentrant")}
-    assert gathered == {"none": (2 * layers + 3 * head) * 2 + again, "reentrant": (2 * layers + 4 * head) * 2 + again}
+    # The head and the embedding, which is as large, in forward alone.
+    assert gathered == dict.fromkeys(("none", "reentrant"), (2 * layers + 2 * head) * 2 + again)
     third = plan(job(checkpointing="non_reentrant"), NODE).traffic.gathered
     assert third - gathered["reentrant"] == (layers - down) * 2
 

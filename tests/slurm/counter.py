@@ -20,6 +20,8 @@ if program == "slurm/preflight.py" and rank == 0:
     print(run, "base", "", "bfloat16", "full" if "whole" in run.name else "abba", "", sep="\n", flush=True)
     if "early" in run.name and "SLURM_RESTART_COUNT" not in os.environ:
         time.sleep(60)  # long enough to be requeued meanwhile
+if program == "launch/convert.py":
+    print("threads:", os.environ["OMP_NUM_THREADS"])
 if program != "launch/train.py":
     sys.exit(0)
 

@@ -77,7 +77,7 @@ def test_a_killed_rank_ends_the_job(jobs, counting):
 def test_the_next_job_outlives_a_requeue(jobs, counting):
     """afterok waits for the end, not for the first stop; its own python here cannot convert what was only counted."""
     run = jobs.root / "counted and chained"
-    job = counting(run, ABBA_CHAIN="yes")
+    job = counting(run, ABBA_CHAIN="yes", OMP_NUM_THREADS="")  # chosen by the template: this job's CPUs of a rank
     jobs.until_step(job, run, 5)
     following = jobs.log(job).split(" converts what")[0].split()[-1]
     WAYS["USR1"][0](jobs, job, run)
@@ -85,6 +85,7 @@ def test_the_next_job_outlives_a_requeue(jobs, counting):
     assert jobs.show(following)["JobState"] == "PENDING"
     assert jobs.wait(job) == "COMPLETED"
     assert jobs.wait(following) == "COMPLETED", jobs.log(following)
+    assert "threads: 2" in jobs.log(following), "not this job's 1"
     said = jobs.log(job)
     assert said.count(" converts what") == 1 and f"converted next by job {following}" in said
 

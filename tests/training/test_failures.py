@@ -174,8 +174,11 @@ def test_damaged_lines_of_metrics_are_dropped_with_a_word(tmp_path):
     directory.begin({}, 3, said.append)
     assert directory.metrics.read_text().splitlines() == lines[:3]
     assert said == ["metrics.jsonl: WARNING: dropped 3 damaged lines of an earlier start"]
+    for name in ("evaluation", "score", "mine"):
+        (tmp_path / "run" / name).mkdir()
     directory.begin({}, 0, said.append)
     assert not directory.metrics.exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"recipe.yaml", "mine"}, "no score of before"
 
 
 def test_metrics_that_cannot_be_read_are_named(tmp_path):

@@ -1,5 +1,7 @@
 """Recipes of models that nothing here can hold: their batches and ZeRO-3 settings suit the GPUs that they name."""
 
+import importlib
+
 import pytest
 
 from abba.base_model import DTYPES
@@ -84,6 +86,10 @@ def test_other_numbers_of_gpus_are_refused(name, world, overrides):
             "deepspeed.zero_optimization.param_persistence_threshold=100000",
             "zero_optimization.param_persistence_threshold cannot be set here: replicated are the factors",
         ),
+        (
+            "deepspeed.zero_optimization.cpu_offload_param=true",
+            "zero_optimization.cpu_offload_param cannot be set here: an old name for offload_param",
+        ),
         ("deepspeed.zero_optimization.zenflow={}", "zenflow cannot be set here"),
         ("deepspeed.tensorboard=true", "deepspeed.tensorboard: True is no section; write {enabled: true}"),
         ("deepspeed.tensorboard.paths=runs/tb", "deepspeed.tensorboard.paths: DeepSpeed knows no such key"),
@@ -98,8 +104,11 @@ def test_a_layout_that_does_not_suit_is_one_line(override, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_the_start(monkeypatch):
-    monkeypatch.setattr("abba.sharded.engine.find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match="deepspeed.wandb: wandb is not installed; pip install wandb"):
-        configured("llama70b_gsm8k", 8, 8, "deepspeed.wandb={enabled: true, project: p}")
+def test_a_tracker_that_is_not_installed_is_named_before_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    for _ in range(2):
+        with pytest.raises(RecipeError, match="deepspeed.wandb: wandb is not installed; pip install wandb"):
+            configured("llama70b_gsm8k", 8, 8, "deepspeed.wandb={enabled: true, project: p}")
+        (tmp_path / "wandb").mkdir(exist_ok=True)  # as a run leaves it, beside which Python takes it for a package
+        importlib.invalidate_caches()
     configured("llama70b_gsm8k", 8, 8, "deepspeed.wandb={enabled: false}")
