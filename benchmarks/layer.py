@@ -50,7 +50,7 @@ def compare(
     modules = {(name, 16): build(name, rank=16) for name in methods}
     modules |= {("abba", rank): build("abba", rank=rank) for rank in ranks}
     cases = {key: partial(forward_backward, module, x_TI, dy_TO) for key, module in modules.items()}
-    seconds = in_turns(cases, repetitions)
+    seconds = in_turns(cases, repetitions, enough=12)
     rows = []
     for (name, rank), module in modules.items():
         key, share = (name, rank), flop_share(out_features, in_features, rank)
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="bfloat16, if it is fast here, and float32")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16, 32], help="r1 = r2 of ours")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--repetitions", type=int, default=4)
+    parser.add_argument("--repetitions", type=int, default=15, help="fewer of what is slow")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="layer")
     arguments = parser.parse_args()

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 RESULTS = Path(__file__).parent / "results"
-ENOUGH = 40  # of a slow contender, whose ratio is far from any limit
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "scikit-learn")
 
 
@@ -55,15 +54,17 @@ def _installed(name: str) -> bool:
     return True
 
 
-def in_turns(cases: dict[str, Callable[[], Any]], repetitions: int, warmup: int = 1) -> dict[str, list[float]]:
+def in_turns(
+    cases: dict[str, Callable[[], Any]], repetitions: int, warmup: int = 1, enough: float = 40
+) -> dict[str, list[float]]:
     """Seconds of every repetition of every case. A round runs each once, so that a busy machine is busy for all.
 
-    A case that has taken ENOUGH seconds is measured no more than twice.
+    A case that has taken `enough` seconds, and twice, is not measured again: slow ones are far from any limit.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + repetitions):
         for name, case in cases.items():
-            if sum(seconds[name]) > ENOUGH and len(seconds[name]) >= 2:
+            if sum(seconds[name]) > enough and len(seconds[name]) >= 2:
                 continue
             _wait()
             started = time.perf_counter()
