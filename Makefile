@@ -48,7 +48,7 @@ test-slurm: $(INSTALLED)
 
 # On a GPU: benchmarks/gpu.py, eight minutes.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/layer.py --repetitions 9
 	$(BIN)/python benchmarks/step.py --repetitions 3
 	$(BIN)/python benchmarks/step.py --repetitions 3 --name step_others --layers 1 --modes none --methods lora hira dora full abba
 	$(BIN)/python benchmarks/load.py

@@ -21,8 +21,8 @@ from abba.base_model import find_base
 from abba.checkpoint.convert import convert
 from abba.checkpoint.format import MANIFEST, list_checkpoints, read_state
 from abba.checkpoint.source import CHECKPOINTS, find_checkpoint
-from abba.evaluation.trained_base import trained_base
 from abba.errors import CheckpointError, RecipeError
+from abba.evaluation.trained_base import trained_base
 from abba.storage import hash_file
 from abba.text.prompt import DEFAULT_PROMPT
 

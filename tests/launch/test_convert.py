@@ -172,7 +172,7 @@ MERGED = ["--format", "merged", "--base"]
         (lambda m, t: [m, t / "out", "--base", str(TINY)], 64, "is used by --verify alone"),
         (lambda m, t: [m, t / "out", "--alpha", "16"], 64, "--alpha 16: "),
         (lambda m, t: [m, t / "out", "--any-base"], 64, "--any-base: is of a --base that is read"),
-        (lambda m, t: [m, t / "out", "--revision", "v1", "--base", "o/m"], 64, "--revision: is of a --base that is read"),
+        (lambda m, t: [m, t / "out", "--revision", "v1", "--base", "o/m"], 64, "--revision: is of a --base that is"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line_and_leave_nothing(convert, made, tmp_path, arguments, code, expected):
