@@ -44,7 +44,8 @@ def gathered_elements(job: Job) -> int:
         once = 0 if model.norms > 2 else layer["mlp.down_proj"]
         gathered += (whole - once) * job.checkpointed_layers
     embedding = job.gathered(model.vocab * model.hidden)
-    return gathered + 2 * embedding  # and the head, whose loss leaves its own gradient to backward
+    # Embedding and head, in forward alone: backward asks for neither (enable_checkpointing, FrozenHeadLoss).
+    return gathered + 2 * embedding
 
 
 def traffic(job: Job, cluster: Cluster) -> Traffic:

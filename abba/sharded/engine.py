@@ -80,7 +80,7 @@ def checked_section(extra: Mapping[str, Any]) -> DeepSpeedZeroConfig:
             raise RecipeError(
                 f"deepspeed.{key}: {value!r} is no section; write {{enabled: true}} and what else it needs"
             )
-        if key in TRACKERS and value.get("enabled") and not is_installed(key):
+        if key in TRACKERS and value.get("enabled") and not _is_installed(key):
             raise RecipeError(f"deepspeed.{key}: {key} is not installed; pip install {key}, or leave the section out")
         if key != "zero_optimization":
             with _in_one_line(f"deepspeed.{key}"):
@@ -92,7 +92,7 @@ def checked_section(extra: Mapping[str, Any]) -> DeepSpeedZeroConfig:
     return checked
 
 
-def is_installed(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     """Not by a directory of its name alone, which wandb leaves where a run was started."""
     found = find_spec(package)
     return found is not None and found.origin is not None

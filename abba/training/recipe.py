@@ -131,7 +131,8 @@ class Recipe(Section):
             given = value.get(section)
             if not inner and section in value:
                 mistakes.append(f"{key} cannot be set here: {way_out}")
-            for name in {inner, inner.removeprefix("stage3_")} & (given.keys() if isinstance(given, dict) else set()):
+            known = given if isinstance(given, dict) else {}
+            for name in sorted({inner, inner.removeprefix("stage3_")} & known.keys()):
                 mistakes.append(f"{section}.{name} cannot be set here: {way_out}")
         for key in value.keys() - FREE_KEYS - OWNED_KEYS.keys():
             mistakes.append(f"{key}: unknown key{suggestion(key, list(FREE_KEYS))}; known here: {', '.join(FREE_KEYS)}")

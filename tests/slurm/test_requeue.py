@@ -103,6 +103,22 @@ def test_the_next_job_is_asked_for_once_whenever_the_first_is_requeued(jobs, cou
     assert jobs.wait(following) == "COMPLETED", jobs.log(following)
 
 
+def test_a_next_job_that_is_gone_is_asked_for_again(jobs, counting):
+    run = jobs.root / "counted and chained twice"
+    job = counting(run, ABBA_CHAIN="yes")
+    jobs.until_step(job, run, 5)
+    gone = jobs.log(job).split(" converts what")[0].split()[-1]
+    jobs.control("scancel", gone)
+    assert jobs.wait(gone) == "CANCELLED"
+    WAYS["USR1"][0](jobs, job, run)
+    jobs.until_restarted(job, 1)
+    assert jobs.wait(job) == "COMPLETED"
+    said = jobs.log(job)
+    following = said.split("converted next by job ")[1].split(":")[0]
+    assert said.count(" converts what") == 2 and following != gone
+    assert jobs.wait(following) == "COMPLETED", jobs.log(following)
+
+
 def test_no_job_follows_what_is_trained_whole(jobs, counting):
     run = jobs.root / "counted whole"
     job = counting(run, ABBA_CHAIN="yes")
