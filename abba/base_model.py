@@ -30,6 +30,10 @@ for _module in ("transformers", "torch.distributed"):
     warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{_module}\b")
 disable_progress_bar()
 
+# On an H100 torch takes cuDNN's attention first, which spends tens of milliseconds on a plan for every length that it
+# has not met; packed rows and generations hardly repeat one. Flash attention, torch's second choice, needs no plan.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CAPPING_FLASH_ATTENTION = "2.6.0"  # the first that caps attention logits

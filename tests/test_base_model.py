@@ -49,6 +49,11 @@ def test_an_attention_that_cannot_cap_logits_is_the_recipes_mistake(monkeypatch,
         choose_attention(config, wanted, "cuda", torch.bfloat16)
 
 
+def test_attention_that_makes_a_plan_for_every_length_is_off():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 @pytest.mark.parametrize("load", [build_empty, load_whole])
 def test_flash_attention_that_is_not_there_is_not_fetched_from_the_hub(load):
     with pytest.raises(RecipeError, match=r"model\.attn_implementation: flash_attention_2 needs .*; write auto$"):

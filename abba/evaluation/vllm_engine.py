@@ -1,6 +1,7 @@
 """Greedy generation with vLLM: the adapter as the LoRA of rank r1*r2 that it is, weights split over the GPUs."""
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ def generate_with_vllm(
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    # Where torchrun has started us: vLLM's process group would wait for a store of torchrun's at a port of its own.
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     # It would show a traceback for having no tokenizer to try a chat template with. vLLM resets levels, not filters.
     logging.getLogger("vllm.renderers.base").addFilter(lambda record: record.levelno >= logging.ERROR)
     with _as_lora(adapter) as lora:

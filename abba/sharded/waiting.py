@@ -11,6 +11,9 @@ from functools import wraps
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
+from torch import nn
 
 
 class WaitClock:
@@ -21,7 +24,8 @@ class WaitClock:
     stands still until the weights are there, so events are recorded on that stream on either side and read after the
     step, which ends with the device at rest. What neither sees: full buckets of gradients are reduced while backward
     goes on; on a CPU that wait counts as the rank's own, on a GPU it is hidden behind computation. And a rank that is
-    stopped inside a collective looks, to itself, as if it waited.
+    stopped inside a collective, or whose GPU stands still there because Python is slower, looks, to itself, as if it
+    waited.
 
     Args:
         engine: of DeepSpeed's ZeRO stage 3; it is timed as long as it lives.
@@ -32,12 +36,12 @@ class WaitClock:
         self._running, self._seconds = False, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
-        for owner, name in (
-            (coordinator, "fetch_sub_module"),
-            (coordinator, "reset_step"),
-            (engine.optimizer, "independent_gradient_partition_epilogue"),
+        for owner, name, waits in (
+            (coordinator, "fetch_sub_module", _lacks_weights),
+            (coordinator, "reset_step", lambda: True),
+            (engine.optimizer, "independent_gradient_partition_epilogue", lambda: True),
         ):
-            setattr(owner, name, self._timed(getattr(owner, name)))
+            setattr(owner, name, self._timed(getattr(owner, name), waits))
 
     def start(self) -> None:
         """From now on waiting counts, and what came before (an evaluation, a save) does not."""
@@ -50,10 +54,10 @@ class WaitClock:
         self._events.clear()
         return seconds
 
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, function: Callable[..., Any], waits: Callable[..., bool]) -> Callable[..., Any]:
         @wraps(function)
         def timed(*arguments: Any, **named: Any) -> Any:
-            if not self._running:
+            if not (self._running and waits(*arguments, **named)):
                 return function(*arguments, **named)
             with self._gpu_wait() if self._on_gpu else self._cpu_wait():
                 return function(*arguments, **named)
@@ -73,3 +77,8 @@ class WaitClock:
         yield
         after.record()
         self._events.append((before, after))
+
+
+def _lacks_weights(module: nn.Module, forward: bool) -> bool:
+    """Most modules have none that are sharded, and their fetches are bookkeeping: no waiting, nor two events' cost."""
+    return any(parameter.ds_status != ZeroParamStatus.AVAILABLE for parameter in iter_params(module))

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import torch
 import train as program
 from counting import count_communication, count_reads
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param
 
 import abba.adapter.linear
@@ -36,6 +36,7 @@ result = {
     "svds": 0,
     "layer_forwards": [],
     "refresh_gathers": [],
+    "factor_copies": 0,
     "gathered_bytes": [],
     "reduced_bytes": [],
     "allocated_bytes": {},
@@ -58,6 +59,7 @@ def watch_engine() -> None:
             p.ds_secondary_tensor.numel() for p in frozen if p.ds_secondary_tensor is not None
         )
         engine = start(model, *arguments)
+        watch_copies()
         result["offload_param"] = engine.optimizer.offload_param
         result["stale_factors"].append(stale_factors(engine))
         first = engine.optimizer.parameter_offload.persistent_parameters[0]
@@ -88,6 +90,17 @@ def watch_refreshes() -> None:
         result["refresh_gathers"].append(moved["gathers"] - before)
 
     abba.sharded.replicated.gather_whole = counted
+
+
+def watch_copies() -> None:
+    """Further partitions that hierarchical partitioning makes of what trains."""
+    copy = Init._partition_param_sec
+
+    def counted(self, parameter, *arguments, **named):
+        result["factor_copies"] += parameter.requires_grad
+        copy(self, parameter, *arguments, **named)
+
+    Init._partition_param_sec = counted
 
 
 def watch_gathers(engine) -> None:

@@ -51,6 +51,7 @@ def test_factors_are_their_masters_after_every_step(layout, name):
         assert rank["gathered_factors"][1:] == [0] * (STEPS - 1)
         assert rank["offload_param"] == ("offload" in name)
         assert rank["resident_2d"] == [0] * STEPS
+        assert rank["factor_copies"] == 0
 
 
 def test_each_rank_reads_its_share_and_its_share_of_the_nodes_copy_once(layout, base):

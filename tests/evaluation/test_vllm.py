@@ -92,6 +92,11 @@ def test_the_bare_base_is_asked_without_lora(vllm, tmp_path):
     assert from_vllm == scored(tmp_path / "native", None, "transformers", dtype=torch.float32)[1]
 
 
+def test_torchrun_does_not_keep_its_process_group_waiting(vllm, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert len(scored(tmp_path / "out", None)[1]) == LIMIT
+
+
 def test_an_adapter_in_lora_form_is_served_from_where_it_lies(vllm, tmp_path):
     write(*adapted(), tmp_path / "lora", "lora")
     scored(tmp_path / "out", tmp_path / "lora")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from abba.sharded.waiting import WaitClock
 from abba.training.stragglers import RankTimes, Stragglers
@@ -82,11 +83,25 @@ def test_only_waiting_between_start_and_stop_counts(monkeypatch, device):
         parameter_offload=offload, independent_gradient_partition_epilogue=lambda: done.append(1)
     )
     clock = WaitClock(SimpleNamespace(optimizer=optimizer), torch.device(device))
-    coordinator.fetch_sub_module("evaluation", forward=True)
+    layer, norm = module(ZeroParamStatus.AVAILABLE, ZeroParamStatus.INFLIGHT), module(ZeroParamStatus.AVAILABLE)
+    coordinator.fetch_sub_module(layer, forward=True)
     for waits in (3, 1):
         clock.start()
         for _ in range(waits):
-            coordinator.fetch_sub_module("layer", forward=False)
+            coordinator.fetch_sub_module(layer, forward=False)
+            coordinator.fetch_sub_module(norm, forward=False)
         optimizer.independent_gradient_partition_epilogue()
         assert clock.stop() == 0.25 * (waits + 1)
-    assert done == [("evaluation", True), *[("layer", False)] * 3, 1, ("layer", False), 1]
+    both = [(layer, False), (norm, False)]
+    assert done == [(layer, True), *both * 3, 1, *both, 1]
+
+
+def module(*statuses):
+    """With a parameter of each status in ZeRO-3."""
+    built = torch.nn.Module()
+    built.ds_external_parameters = dict
+    for index, status in enumerate(statuses):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        parameter.ds_status = status
+        built.register_parameter(f"p{index}", parameter)
+    return built

@@ -6,7 +6,9 @@ from the LoRA files that it is given. What was asked of it stands in LLM.made an
 """
 
 import json
+import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -64,6 +66,10 @@ class LLM:
             raise ValueError(f"max_lora_rank {max_lora_rank} is not allowed")
         if tensor_parallel_size > 2:
             raise RuntimeError("Engine core initialization failed. See root cause above.\nmore of it")
+        with socket.socket() as probe:  # its workers' process group, on one GPU too
+            probe.bind(("127.0.0.1", 0))
+            url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        next(torch.distributed.rendezvous(url, 0, 1, timeout=timedelta(seconds=5)))
         assert load_format == "safetensors" and generation_config == "vllm" and skip_tokenizer_init
         self._model = AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
