@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import stat
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,11 +217,14 @@ def sync_directory(path: Path) -> None:
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Give a finished directory its name; one that stands there already is replaced."""
+    """Give a finished directory its name; one that stands there already is replaced.
+
+    That one's name until it is deleted is of those that `abba.prepared.remove_leftovers` finds after a kill.
+    """
     sync_directory(temporary)
     displaced = None
     if final.exists():
-        displaced = final.with_name(f".{final.name}.replaced-{os.getpid()}")
+        displaced = final.with_name(f".{final.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
         os.rename(final, displaced)
     os.rename(temporary, final)
     sync_directory(final.parent)

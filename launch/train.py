@@ -67,7 +67,7 @@ def run(
     config = engine_config(dtype, micro_batch, accumulation, settings.max_grad_norm, recipe.deepspeed, ranks)
     if ranks.is_main:
         refuse_score(recipe)
-        refuse_no_start(recipe.adapter.init_from, recipe.checkpoint.resume, directory.checkpoints)
+        refuse_no_start(recipe.model.name_or_path, recipe.adapter.init_from, recipe.checkpoint.resume, directory)
 
     # Data: tokenised by launch/prepare.py, or now by rank 0 before anyone joins; the others find the result on disk.
     base, padding, data = prepare(recipe, ranks.is_main, say)
@@ -143,17 +143,15 @@ def fit(
     from abba.training.schedule import learning_rate
 
     settings, ranks, device = recipe.train, stream.ranks, stream.device
-    first = resumed.state.step if resumed else 0
-    engine, stream, report = build(recipe, base, config, stream, steps, identity, resumed, startup, say)
+    first, keep = resumed.state.step if resumed else 0, recipe.checkpoint.save_total_limit
+    engine, stream, report = build(recipe, base, config, stream, identity, resumed, startup, say)
 
     # Loop: step, finite?, log, save?, stop asked?
     if ranks.is_main:
         own = resumed is not None and resumed.directory.parent == directory.checkpoints
         directory.begin(recipe.model_dump(mode="json"), first if own else 0, say, ranks.job, ranks.requeued)
-        saves = (steps - first) // (recipe.checkpoint.save_steps or steps) + 1
-        directory.refuse_too_small(report.trainable_parameters, saves, recipe.checkpoint.save_total_limit)
+        directory.refuse_too_small(report.trainable_parameters, first, steps, recipe.checkpoint.save_steps, keep)
     metrics, state = directory.metrics if ranks.is_main else None, checkpoint_state(recipe, report.shapes, identity)
-    keep = recipe.checkpoint.save_total_limit
     held_out = partial(held_out_loss, engine, stream, eval_rows, settings.per_device_eval_batch_size, watch)
     if resumed is not None:
         continue_random_streams(resumed, settings.seed, ranks, device, say)
@@ -184,7 +182,6 @@ def build(
     base: Path,
     config: dict,
     stream: "Stream",
-    steps: int,
     identity: dict,
     resumed: "ResumePoint | None",
     startup: Startup,
@@ -202,7 +199,7 @@ def build(
     from abba.training.loop import assert_delta_is_zero
     from abba.training.loss import return_losses
     from abba.training.model import enable_checkpointing, load_partitioned
-    from abba.training.resume import refuse_changes
+    from abba.training.resume import refuse_other_weights
     from abba.training.start import injected
 
     settings, ranks = recipe.train, stream.ranks
@@ -216,7 +213,7 @@ def build(
         stream = replace(stream, line_tokens=line_tokens(model.config._attn_implementation, recipe.data.max_length))
         keep_rows_apart(model)
     if resumed is not None:
-        refuse_changes(resumed, identity, recipe.checkpoint.allow_changed, steps, silent)
+        refuse_other_weights(resumed, identity["model"]["weights"], recipe.checkpoint.allow_changed, say)
     first = resumed.state.step if resumed else 0
 
     # Adapter: frozen linears become AbbaLinear; factors by SVD, bit-equal at any world size, or from the checkpoint.

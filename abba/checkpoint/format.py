@@ -11,7 +11,6 @@ Written into step-000100.tmp/ and renamed when every file is on disk, so that a 
 frozen base is never in it.
 """
 
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -49,7 +48,6 @@ from abba.storage import (
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
-_LEFTOVER = re.compile(r"step-\d{6,}\.tmp|\.step-\d{6,}\.replaced-\d+")  # see temporary_directory, publish_directory
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -68,14 +66,19 @@ def write_shard(directory: Path, rank: int, world_size: int, slices: Iterable[tu
     return write_safetensors(directory / shard_name(rank, world_size), layout, tensors.values(), metadata)
 
 
-def commit(final: Path, state: Mapping[str, Any], shards: list[FileEntry]) -> None:
-    """Called by one rank once every rank's shard is on disk: state, manifest, rename."""
+def commit(final: Path, state: Mapping[str, Any], shards: list[FileEntry]) -> list[Path]:
+    """Called by one rank once every rank's shard is on disk: state, manifest, rename.
+
+    One of that name did not verify when the run was resumed before it; see `rotate`. Gives what it is called now.
+    """
     temporary = temporary_directory(final)
     world_size = len(shards)
     files = {shard_name(rank, world_size): entry for rank, entry in enumerate(shards)}
     files[STATE] = write_json(temporary / STATE, {"format_version": FORMAT_VERSION, **state})
     write_manifest(temporary, state["step"], world_size, files)
+    aside = [_set_aside(final)] if final.exists() else []
     publish_directory(temporary, final)
+    return aside
 
 
 def verify(directory: Path, rank: int = 0, world_size: int = 1) -> None:
@@ -122,11 +125,7 @@ def rotate(root: Path, keep: int, newest: int) -> list[Path]:
     present = {directory: step for step, directory in _numbered(root)}
     kept = [directory for directory, step in present.items() if step <= newest][-keep:]
     later = [directory for directory, step in present.items() if step > newest]
-    aside = [directory.with_name(f"{directory.name}.damaged") for directory in later]
-    for directory, target in zip(later, aside, strict=True):
-        if target.exists():
-            _remove(target)
-        directory.rename(target)
+    aside = [_set_aside(directory) for directory in later]
     for directory in present.keys() - {*kept, *later}:
         # Renamed first: a name that is listed always stands for a whole checkpoint.
         doomed = temporary_directory(directory)
@@ -140,7 +139,7 @@ def rotate(root: Path, keep: int, newest: int) -> list[Path]:
 
 def remove_leftovers(root: Path) -> list[Path]:
     """Delete what killed saves and rotations left behind; returns it. Only for the owner of the run directory."""
-    leftovers = [path for path in _children(root) if _LEFTOVER.fullmatch(path.name)]
+    leftovers = [path for path in _children(root) if path.suffix == ".tmp" and STEP_NAME.fullmatch(path.stem)]
     for path in leftovers:
         _remove(path)
     return leftovers
@@ -253,6 +252,13 @@ def remove_checkpoints(root: Path) -> None:
     for path in list(_children(root)):
         if STEP_NAME.fullmatch(path.name.removesuffix(".tmp")):
             _remove(path)
+
+
+def _set_aside(directory: Path) -> Path:
+    target = directory.with_name(f"{directory.name}.damaged")
+    if target.exists():
+        _remove(target)
+    return directory.rename(target)
 
 
 def _remove(directory: Path) -> None:

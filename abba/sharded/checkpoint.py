@@ -51,6 +51,7 @@ def save_checkpoint(
     slices = dict(_state_of_this_rank(engine))
     own_bytes = sum(tensor.numel() * tensor.element_size() for tensor in slices.values())
     entries: list[FileEntry] = []
+    aside: list[Path] = []
 
     def make_room() -> None:
         if ranks.is_main:
@@ -66,7 +67,7 @@ def save_checkpoint(
             shapes = {name: tuple(parameter.ds_shape) for name, parameter in trainable_parameters(engine)}
             whole = {**state, "step": step, "world_size": ranks.world_size, "tensors": shapes}
             confirm()
-            format.commit(final, whole, shards)
+            aside.extend(format.commit(final, whole, shards))
 
     def part(work: Callable[[], None]) -> None:
         agree(lambda: _explained(work, final, own_bytes * ranks.world_size), engine.device)
@@ -80,13 +81,13 @@ def save_checkpoint(
         if ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    notes = _rotated(root, keep, step) if ranks.is_main else {}
+    notes = _rotated(root, keep, step, aside) if ranks.is_main else {}
     return {"save_seconds": time.monotonic() - started, "save_bytes": sum(shard.size for shard in shards), **notes}
 
 
-def _rotated(root: Path, keep: int, step: int) -> dict[str, str]:
+def _rotated(root: Path, keep: int, step: int, aside: list[Path]) -> dict[str, str]:
     try:
-        aside = format.rotate(root, keep, step)
+        aside = [*aside, *format.rotate(root, keep, step)]
     except OSError as error:
         return {"save_warning": f"an old checkpoint cannot be deleted: {error}"}
     return {"save_warning": f"did not verify, and set aside: {', '.join(map(str, aside))}"} if aside else {}

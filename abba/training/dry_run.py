@@ -46,7 +46,8 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     """
     settings = recipe.train
     checked_section(recipe.deepspeed)
-    refuse_no_start(recipe.adapter.init_from, recipe.checkpoint.resume, RunDirectory(recipe.output_dir).checkpoints)
+    start = (recipe.model.name_or_path, recipe.adapter.init_from, recipe.checkpoint.resume)
+    refuse_no_start(*start, RunDirectory(recipe.output_dir))
     print(f"# resolved recipe\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False)}")
     micro = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)

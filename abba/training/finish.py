@@ -44,6 +44,7 @@ def finish(last: Path, directory: RunDirectory, base: Path, say: Callable[[str],
     result = directory.model if full else directory.adapter
     description, summary = convert(last, result, Form(base=base if full else None), overwrite=True)
     form = "a whole model" if full else f"PEFT {PEFT_NAMES[description.format]}"
+    directory.got_on()  # a score that is stopped goes on, and there will be no new checkpoint
     say(f"{result.name}: {result}: {summary.tensors} tensors, {summary.bytes:,} bytes, {form}, verified")
     if summary.changes_nothing:
         why = why_nothing_changes(description)

@@ -113,7 +113,8 @@ def train(
         if evaluating and done < steps:
             stop = _held_out(evaluate, done, reporter, stop)
         if stop or is_due(done, save_steps, steps):
-            failed_saves = _save(save, done, failed_saves, reporter, last=done == steps, stop=bool(stop))
+            with watch.at_boundary():
+                failed_saves = _save(save, done, failed_saves, reporter, last=done == steps, stop=bool(stop))
         if evaluating and done == steps:  # after the save: it may be the only one
             stop = _held_out(evaluate, done, reporter, stop)
         if stop:

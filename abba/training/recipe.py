@@ -69,7 +69,7 @@ class CheckpointSection(Section):
     resume: Text = "auto"  # auto: from output_dir's newest valid one; never; or another run's checkpoint
     strict: bool = False  # refuse a damaged checkpoint instead of using the one before
     allow_changed: list[str] = []  # fields that may differ from the checkpoint's: train.learning_rate, software
-    grace_seconds: Positive = 240  # from SIGTERM or SIGUSR1 to the end of the step; the templates' jobs get 300
+    grace_seconds: Positive = 240  # from SIGTERM or SIGUSR1 to a step's end; the save comes after it
 
 
 class EvaluateSection(Section):

@@ -25,6 +25,7 @@ from abba.sharded.together import agree, share
 from abba.text.chat import ChatTemplate
 from abba.text.prompt import CHAT
 from abba.training.attention import line_tokens
+from abba.training.run_directory import RunDirectory
 
 SOFTWARE = ("torch", "deepspeed", "transformers", "safetensors")
 # What changes what is shown or when it is saved, not what is computed.
@@ -76,13 +77,19 @@ def _version(name: str, method: str) -> str:
         raise RecipeError(f"adapter.method: {method}: {PEFT_MISSING}") from None
 
 
-def refuse_no_start(init_from: str | None, resume: str, root: Path) -> None:
-    """Before anything is loaded: what a run is to start from has to be there.
+def refuse_no_start(base: str, init_from: str | None, resume: str, directory: RunDirectory) -> None:
+    """Before anything is loaded: what a run is to start from has to be there, and to stay there.
+
+    Args:
+        base: `model.name_or_path`.
 
     Raises:
-        CheckpointError: adapter.init_from is no adapter, or checkpoint.resume names no checkpoint.
+        CheckpointError: adapter.init_from is no adapter, checkpoint.resume names no checkpoint, or the run would
+            replace what it starts from.
     """
-    if not _candidates(resume, root) and init_from is not None:
+    directory.refuse_as_input("model.name_or_path", base)
+    if not _candidates(resume, directory.checkpoints) and init_from is not None:
+        directory.refuse_as_input("adapter.init_from", init_from)
         read_description(Path(init_from))
 
 
@@ -123,7 +130,7 @@ def find_resume_point(
 def refuse_changes(
     point: ResumePoint, now: Mapping[str, Any], allowed: list[str], steps: int, say: Callable[[str], None]
 ) -> None:
-    """Compare fingerprints. The checksum of the weights is compared once `now` has it.
+    """Compare fingerprints, all but the weights.
 
     Raises:
         CheckpointError: names each field that differs and is not allowed to; or the checkpoint is past the last step.
@@ -134,12 +141,31 @@ def refuse_changes(
     for name in allowed:
         if not any(_covers(name, field) for field in known):
             raise RecipeError(f"checkpoint.allow_changed: no field {name!r}; there are {', '.join(sorted(known))}")
-    compared = sorted(known - {CHAT_TEMPLATE})
-    different = [field for field in compared if current.get(field) != saved.get(field)]
-    if WEIGHTS not in current:  # not loaded yet
-        different = [field for field in different if field != WEIGHTS]
+    _refuse_different(point, current, saved, sorted(known - {CHAT_TEMPLATE, WEIGHTS}), allowed, say)
+    if point.state.step > steps:
+        raise CheckpointError(f"{point.directory}: is past the last of {steps} steps; choose another output_dir")
+
+
+def refuse_other_weights(point: ResumePoint, checksum: str, allowed: list[str], say: Callable[[str], None]) -> None:
+    """Once they are loaded.
+
+    Raises:
+        CheckpointError: they are not those of the checkpoint, and are not allowed to differ.
+    """
+    saved = dict(_flat(point.state.fingerprint))
+    _refuse_different(point, {WEIGHTS: checksum}, saved, [WEIGHTS], allowed, say)
+
+
+def _refuse_different(
+    point: ResumePoint,
+    current: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    fields: list[str],
+    allowed: list[str],
+    say: Callable[[str], None],
+) -> None:
     refused = []
-    for field in different:
+    for field in (field for field in fields if current.get(field) != saved.get(field)):
         change = f"{field} was {_short(saved.get(field))}, is {_short(current.get(field))}"
         if any(_covers(name, field) for name in allowed):
             say(f"checkpoint: {change}, as checkpoint.allow_changed allows")
@@ -150,8 +176,6 @@ def refuse_changes(
             f"{point.directory}: belongs to another run: {'; '.join(refused)}; set it back, choose another output_dir, "
             "or list the field in checkpoint.allow_changed"
         )
-    if point.state.step > steps:
-        raise CheckpointError(f"{point.directory}: is past the last of {steps} steps; choose another output_dir")
 
 
 def continue_random_streams(

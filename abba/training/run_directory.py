@@ -13,6 +13,7 @@ runs/NAME/
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,14 +31,7 @@ from abba.training.run_lock import RunLock
 STARTS = 3  # in a row that may end without a new checkpoint
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # an fp32 master and two moments
 SMALL_FILES_BYTES = 1_000_000  # headers, state, metrics
-LEFT_BY_KILLED = (
-    ".adapter.tmp-*",
-    ".adapter.replaced-*",
-    ".model.tmp-*",
-    ".model.replaced-*",
-    ".lock.json.*",
-    ".write-test-*",
-)
+LEFT_BY_KILLED = (".adapter.tmp-*", ".model.tmp-*", ".lock.json.*", ".write-test-*")
 
 
 class RunDirectory:
@@ -52,6 +46,7 @@ class RunDirectory:
         self.model = self.path / "model"
         self.evaluation = self.path / "evaluation"
         self.failures = self.path / "failures"
+        self._results = (self.adapter, self.model, self.evaluation, self.path / "score")
         self._begun = self.path / "begun.json"
         self._starts = self.path / "starts.json"
         self._lock: RunLock | None = None
@@ -98,8 +93,21 @@ class RunDirectory:
         """Let the next start have it at once; `uncount` this one, unless it crashed or never came to a save."""
         if self._lock is not None and self._lock.is_ours():
             if uncount:
-                self._starts.unlink(missing_ok=True)
+                self.got_on()
             self._lock.release()
+
+    def got_on(self) -> None:
+        """No start so far is one of a loop of crashes."""
+        self._starts.unlink(missing_ok=True)
+
+    def refuse_as_input(self, key: str, path: str) -> None:
+        """Raises CheckpointError when `path`, which a recipe's `key` names, lies in what this run replaces."""
+        place = Path(os.path.realpath(path))
+        for own in (self.checkpoints, *self._results):
+            if Path(os.path.realpath(own)) in (place, *place.parents):
+                raise CheckpointError(
+                    f"{key}: {path} lies in {own}, which this run replaces; choose another output_dir"
+                )
 
     def begin(
         self,
@@ -116,7 +124,7 @@ class RunDirectory:
         with self._writing():
             if step == 0:
                 remove_checkpoints(self.checkpoints)
-                for path in (self.adapter, self.model, self.evaluation, self.path / "score"):
+                for path in self._results:
                     shutil.rmtree(path, ignore_errors=True)
             for path in remove_leftovers(self.checkpoints):
                 say(f"checkpoint: removed {path}, which an earlier start left unfinished")
@@ -135,20 +143,22 @@ class RunDirectory:
             raise CheckpointError(f"{self.metrics}: {error.strerror}; move it away to go on without it") from error
         return {_step_of(line) for line in lines if b'"eval_loss"' in line}
 
-    def refuse_too_small(self, parameters: int, saves: int, keep: int) -> None:
-        """Before the first step: raises CheckpointError when what the run will hold at once does not fit the disk.
+    def refuse_too_small(self, parameters: int, first: int, steps: int, save_steps: int | None, keep: int) -> None:
+        """Before step `first`: raises CheckpointError when what the run will hold at once does not fit the disk.
 
-        Args:
-            parameters: that train.
-            saves: how many are still to come; `keep` + 1 checkpoints exist while the oldest is being replaced.
+        `parameters` train. `keep` + 1 checkpoints exist while the oldest is being replaced.
         """
+        every = save_steps or steps
+        saves = -(-steps // every) - first // every
         more = max(1, min(saves, keep + 1 - len(list_checkpoints(self.checkpoints))))
         needed = parameters * (more * CHECKPOINT_BYTES_PER_PARAMETER + 4) + SMALL_FILES_BYTES
         free = free_bytes(self.path)
         if free < needed:
+            what = "a checkpoint" if more == 1 else f"{more} checkpoints"
+            fewer = " lower checkpoint.save_total_limit," if more > 1 and keep > 1 else ""
             raise CheckpointError(
-                f"output_dir {self.path}: no space: {more} checkpoints and the adapter need {in_gb(needed)}, "
-                f"{in_gb(free)} are free; make room, lower checkpoint.save_total_limit, or choose another output_dir"
+                f"output_dir {self.path}: no space: {what} and the adapter need {in_gb(needed)}, "
+                f"{in_gb(free)} are free; make room,{fewer} or choose another output_dir"
             )
 
     def _check_earlier_run(self, resume: str, overwrite: bool) -> None:

@@ -2,8 +2,9 @@
 
 A thread, because the main one may be stuck in a collective where no Python runs. SIGTERM and SIGUSR1 ask for a stop:
 the loop agrees on it at the next step boundary, saves and exits with 75. The end of the launcher is such a request,
-with a short time limit. At once ends (71) a rank that is asked twice, that finds no boundary in time, or whose peer is
-gone: nobody may wait for the dead. Files are written under another name and renamed, so nothing is left half-written.
+with a short time limit for both. At once ends (71) a rank that is asked twice, that finds no boundary in time, or whose
+peer is gone: nobody may wait for the dead. Files are written under another name and renamed, so nothing is left
+half-written.
 """
 
 import os
@@ -37,9 +38,10 @@ class Watch:
         self._world, self._before_exit = world, before_exit
         self._grace: float | None = None  # set while the loop looks at `requested`
         self._asked_at, self._troubled_since = 0.0, 0.0
-        self._deadline = float("inf")  # of the step boundary that a request waits for
+        self._boundary_by = float("inf")  # a request waits for the end of the step so long
+        self._ended_by = float("inf")  # and for its save as well, when the launcher is gone
         self._launchers = launchers_above()
-        self._ended = False
+        self._saving = self._ended = False
 
     @contextmanager
     def of_steps(self, grace_seconds: float) -> Iterator[None]:
@@ -50,6 +52,15 @@ class Watch:
         if self.requested:
             what = f"{why(self.requested)} after the last step, which is saved"
             raise PreemptedError(f"{what}; start the same command again for the adapter")
+
+    @contextmanager
+    def at_boundary(self) -> Iterator[None]:
+        """Around a save, which may take as long as it takes: the step has ended, and the next one has not begun."""
+        grace, self._boundary_by, self._saving = self._grace, float("inf"), True
+        yield
+        self._saving = False
+        if self.requested:
+            self._boundary_by = time.monotonic() + grace
 
     def start(self) -> None:
         """Called in the main thread, once."""
@@ -85,20 +96,19 @@ class Watch:
             what = f"{number.name} outside the training steps; start the same command again to continue"
             self._end(PreemptedError(what), announce=True)
         elif not self.requested:
-            self.requested, self._asked_at, self._deadline = number, now, now + self._grace
+            self.requested, self._asked_at = number, now
+            self._boundary_by = float("inf") if self._saving else now + self._grace
         elif now - self._asked_at > SAME_REQUEST_SECONDS:
             self._end(RankLostError(f"a second {number.name} during step {self._world.step}: ended without saving"))
 
     def _look(self) -> None:
         self._look_at_launchers()
-        if self._grace is not None and time.monotonic() > self._deadline:
-            waited = f"{time.monotonic() - self._asked_at:.0f} s of {why(self.requested)}"
-            self._end(
-                RankLostError(
-                    f"step {self._world.step} did not end within {waited} "
-                    f"(checkpoint.grace_seconds={self._grace:g}): ended without saving"
-                )
-            )
+        now = time.monotonic()
+        if self._grace is not None and now > min(self._boundary_by, self._ended_by):
+            waited = f"{now - self._asked_at:.0f} s of {why(self.requested)}"
+            limit = f" (checkpoint.grace_seconds={self._grace:g})" if now > self._boundary_by else ""
+            what = f"the save after step {self._world.step}" if self._saving else f"step {self._world.step}"
+            self._end(RankLostError(f"{what} did not end within {waited}{limit}: ended without saving"))
         dead = self._world.dead_peer()
         others = self._world.announced()
         if dead is None and not others:
@@ -120,7 +130,7 @@ class Watch:
         now = time.monotonic()
         self._asked_at = self._asked_at or now
         self.requested = self.requested or LAUNCHER_GONE
-        self._deadline = min(self._deadline, now + WITHOUT_LAUNCHER_SECONDS)
+        self._ended_by = now + WITHOUT_LAUNCHER_SECONDS
 
     def _end(self, error: AbbaError, announce: bool = False) -> None:
         if self._ended:

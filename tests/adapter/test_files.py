@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -140,6 +141,15 @@ def test_what_killed_conversions_left_is_removed_and_no_living_ones(tmp_path):
     assert not any(path.exists() for path in gone)
     assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "adapter"])
     assert all((path / files.WEIGHTS).read_text() == "much" for path in kept)
+
+
+def test_what_was_replaced_is_a_leftover_until_it_is_deleted(tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr("abba.storage.shutil.rmtree", lambda *_, **__: None)
+        for _ in range(2):
+            save_adapter(adapted()[0], tmp_path / "adapter", overwrite=True)
+    (replaced,) = tmp_path.glob(".*")
+    assert re.fullmatch(rf"\.adapter\.tmp-{os.getpid()}-[0-9a-f]{{8}}", replaced.name)
 
 
 def test_two_that_write_to_one_place_at_once_do_not_share_files(tmp_path):

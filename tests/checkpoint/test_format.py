@@ -130,6 +130,21 @@ def test_rotation_keeps_the_newest(tmp_path):
     assert [path.name for path in format.list_checkpoints(tmp_path)] == ["step-000008", "step-000010"]
 
 
+def test_one_that_did_not_verify_is_set_aside_when_its_step_is_saved_again(tmp_path):
+    """Also one that comes after it; what lay there under this name from another time goes."""
+    for step in (2, 4, 6):
+        write_checkpoint(tmp_path, step)
+    for step in (4, 6):
+        (tmp_path / f"step-00000{step}/damage").touch()
+        (tmp_path / f"step-00000{step}.damaged").mkdir()
+    write_checkpoint(tmp_path, 4)
+    assert [path.name for path in format.rotate(tmp_path, 2, 4)] == ["step-000006.damaged"]
+    present = {path.name for path in tmp_path.iterdir()}
+    assert present == {"step-000002", "step-000004", "step-000004.damaged", "step-000006.damaged"}
+    assert all((tmp_path / f"step-00000{step}.damaged/damage").exists() for step in (4, 6))
+    format.verify(tmp_path / "step-000004")
+
+
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.touch()])
 def test_a_source_that_is_no_checkpoint_is_refused(tmp_path, make):
     make(tmp_path / "source")

@@ -125,6 +125,8 @@ def test_a_run_goes_on_from_the_one_before_and_says_so(lab, reference, trial):
         assert [ended.returncode for ended in finished] == [0, 0], finished[0].stderr
         assert f"WARNING: passed over {newest}" in finished[0].stdout and shard.name in finished[0].stdout
         assert "continuing from" in finished[0].stdout and "step-000008" in finished[0].stdout
+        assert f"did not verify, and set aside: {newest}.damaged" in finished[0].stdout
+        assert (newest.with_suffix(".damaged") / shard.name).read_bytes() == data
         assert lab.outcome("damaged") == reference()
 
 

@@ -133,7 +133,11 @@ def test_another_base_is_refused_and_allowed_when_the_recipe_says_so(lab, trial,
         assert finished[0].returncode == 66 and "model.weights was" in finished[0].stderr
         wrong, _ = lab.run("other-base", 1, None, *changed, "checkpoint.allow_changed=[model.wights]")
         assert wrong[0].returncode == 64 and "no field 'model.wights'" in wrong[0].stderr
-        lab.complete("other-base", 1, *changed, "checkpoint.allow_changed=[model.weights]", "train.logging_steps=1")
+        allowed = [*changed, "checkpoint.allow_changed=[model.weights]", "train.logging_steps=1"]
+        finished, _ = lab.run("other-base", 1, None, *allowed)
+        assert finished[0].returncode == 0, finished[0].stderr
+        said = [line for line in finished[0].stdout.splitlines() if "as checkpoint.allow_changed allows" in line]
+        assert len(said) == 1 and said[0].startswith("checkpoint: model.weights was")
 
 
 def test_it_goes_on_from_another_runs_checkpoint(lab, reference, trial, every_step):

@@ -92,6 +92,17 @@ def test_no_step_boundary_within_the_grace_time_ends_at_once(lab, reference, tri
         assert lab.complete("grace") == reference()
 
 
+@pytest.mark.parametrize("at", ["step 6", "fsync"])
+def test_a_save_may_take_longer_than_the_grace_time(lab, reference, trial, at):
+    """The step has ended in time, or comes after the save during which the signal came."""
+    with trial("A5 a save that is longer than the grace time"):
+        nth = {"step 6": 2, "fsync": 1}[at]
+        faults = [{"rank": 0, "at": at, "do": "USR1"}, {"rank": 0, "at": "fsync", "nth": nth, "do": "sleep 5"}]
+        finished, _ = lab.run(f"long-save-{at[:4]}", 2, faults, "checkpoint.grace_seconds=3")
+        assert [ended.returncode for ended in finished] == [75, 75], finished[0].stderr
+        assert lab.complete(f"long-save-{at[:4]}") == reference()
+
+
 def test_a_signal_while_loading_ends_at_once(lab, trial):
     with trial("A5 a signal before the first step"):
         cluster = lab.start("early", 2)

@@ -16,6 +16,7 @@ from abba.storage import is_file, is_there
 from abba.text.rows import RowSource, hub_dataset
 from abba.training.recipe import load_recipe
 from abba.training.resume import refuse_no_start
+from abba.training.run_directory import RunDirectory
 from tests.warm import ROOT
 
 LONG = "x" * 300  # letters; a name may have 255
@@ -52,9 +53,11 @@ LOOKERS = {
     "adapter": read_description,
     "destination": lambda path: refuse_occupied(path, overwrite=True),
     "below_destination": lambda path: refuse_occupied(path / "adapter", overwrite=True),
-    "resume": lambda path: refuse_no_start(None, str(path), path.parent / "run/checkpoints"),
-    "resume_checkpoint": lambda path: refuse_no_start(None, str(path / "checkpoints/step-000001"), path.parent / "run"),
-    "output_dir": lambda path: refuse_no_start(None, "auto", path / "checkpoints"),
+    "resume": lambda path: refuse_no_start("base", None, str(path), RunDirectory(path.parent / "run")),
+    "resume_checkpoint": lambda path: refuse_no_start(
+        "base", None, str(path / "checkpoints/step-000001"), RunDirectory(path.parent / "run")
+    ),
+    "output_dir": lambda path: refuse_no_start("base", None, "auto", RunDirectory(path)),
 }
 
 
@@ -102,7 +105,7 @@ def test_what_no_file_can_be_called_is_not_there(tmp_path, name):
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         base_model.load_tokenizer(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"^checkpoint: checkpoint.resume: ") as error:
-        refuse_no_start(None, str(tmp_path / name), tmp_path / "run/checkpoints")
+        refuse_no_start("base", None, str(tmp_path / name), RunDirectory(tmp_path / "run"))
     assert "\n" not in str(error.value)
 
 

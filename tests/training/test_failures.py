@@ -1,6 +1,5 @@
-"""What ranks tell each other when one fails; and starts that are counted, forgiven and cleaned up after."""
+"""What ranks tell each other when one fails, and how ranks end."""
 
-import json
 import os
 import signal
 import socket
@@ -12,11 +11,10 @@ import time
 import pytest
 import torch
 
-from abba.errors import CheckpointError, NoProgressError, RankLostError
+from abba.errors import CheckpointError
 from abba.training import failures
 from abba.training.failures import Failure, Peer, World, breaks_connection, exit_code_of, wait_for_end
 from abba.training.processes import process_started
-from abba.training.run_directory import RunDirectory
 from abba.training.watch import Watch
 
 
@@ -120,89 +118,6 @@ def test_a_rank_that_is_ended_while_it_ends_keeps_its_own_exit_code(tmp_path):
     assert ended(ending) == 66
 
 
-def crash(directory, error=RuntimeError):
-    with pytest.raises(error), directory.held("auto", False, None, lambda line: None):
-        raise error("put in by the test")
-
-
-def test_three_crashes_are_counted_and_what_a_user_mends_is_not(tmp_path):
-    directory = RunDirectory(tmp_path / "run")
-    for _ in range(5):
-        crash(directory, CheckpointError)
-    for _ in range(3):
-        crash(directory)
-    with pytest.raises(NoProgressError, match="3 starts in a row"), directory.held("auto", False, None, print):
-        pass
-    (tmp_path / "run/failures").mkdir()
-    (tmp_path / "run/failures/x-rank-00000.json").write_text("")
-    with pytest.raises(NoProgressError, match="cannot be read"), directory.held("auto", False, None, print):
-        pass
-    (tmp_path / "run/checkpoints/step-000004").mkdir(parents=True)  # progress
-    for _ in range(3):
-        crash(directory, RankLostError)
-    with pytest.raises(NoProgressError, match="after step-000004"), directory.held("auto", False, None, print):
-        pass
-    (tmp_path / "run/starts.json").write_text("")  # cut off by a kill
-    with directory.held("auto", False, None, print):
-        pass
-    assert not (tmp_path / "run/starts.json").exists()
-
-
-def test_what_killed_starts_left_is_removed_and_what_others_left_is_not(tmp_path):
-    directory, said = RunDirectory(tmp_path / "run"), []
-    for name in (
-        ".adapter.tmp-12/x",
-        ".lock.json.abc",
-        ".write-test-3",
-        "mine.txt",
-    ):
-        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "run" / name).touch()
-    with directory.held("auto", False, None, said.append):
-        pass
-    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"mine.txt"}
-    assert len(said) == 3
-
-
-def test_damaged_lines_of_metrics_are_dropped_with_a_word(tmp_path):
-    directory, said = RunDirectory(tmp_path / "run"), []
-    (tmp_path / "run").mkdir()
-    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
-    written = [line.encode() for line in [*lines[:2], '{"step": 2, "lo', "[1]", *lines[2:], '{"step": 5']]
-    flipped = bytes([written[0][0] ^ 128]) + written[0][1:]
-    directory.metrics.write_bytes(b"\n".join([flipped, *written]))
-    directory.begin({}, 3, said.append)
-    assert directory.metrics.read_text().splitlines() == lines[:3]
-    assert said == ["metrics.jsonl: WARNING: dropped 3 damaged lines of an earlier start"]
-    for name in ("evaluation", "score", "mine"):
-        (tmp_path / "run" / name).mkdir()
-    directory.begin({}, 0, said.append)
-    assert not directory.metrics.exists()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"recipe.yaml", "mine"}, "no score of before"
-
-
-def test_metrics_that_cannot_be_read_are_named(tmp_path):
-    directory = RunDirectory(tmp_path)
-    directory.metrics.symlink_to("/proc/self/mem")  # reading its start fails, for root too
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: Input/output error; move it away"):
-        directory.held_out_steps()
-
-
-def test_a_requeued_job_does_not_discard_what_it_has_saved(tmp_path):
-    """SLURM starts it with the same arguments; only the first start of a job may begin anew."""
-    directory, never = RunDirectory(tmp_path / "run"), ("never", "7")
-    (tmp_path / "run").mkdir()
-    assert directory.resume_of(*never, 0) == "never"
-    assert directory.resume_of(*never, 1) == "never"  # requeued before it began
-    directory.begin({}, 0, print, "7", 1)
-    assert directory.resume_of(*never, 1) == "never"  # a second command in the same allocation
-    assert directory.resume_of(*never, 2) == directory.resume_of(*never, 3) == "auto"
-    assert directory.resume_of("runs/other", "7", 2) == "runs/other"  # from which it may not have saved yet
-    assert directory.resume_of("never", "8", 2) == directory.resume_of("never", None, 2) == "never"
-    directory.begin({}, 0, print)
-    assert directory.resume_of(*never, 2) == "never"
-
-
 def test_rank_0_waits_for_the_others_to_end_but_not_for_ever(monkeypatch):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
     world = World()
@@ -235,15 +150,3 @@ def test_a_gpu_that_fails_is_named_with_its_node(tmp_path, capfd):
     said = capfd.readouterr().err
     assert f"the GPU of rank 0 on {socket.gethostname()} failed at step" in said
     assert "uncorrectable ECC error encountered; see nvidia-smi" in said.splitlines()[-1]
-
-
-def test_starts_that_are_stopped_before_a_save_are_counted(tmp_path):
-    """A job that loads longer than its time limit would requeue itself for ever."""
-    directory = RunDirectory(tmp_path / "run")
-    for _ in range(3):
-        with directory.held("auto", False, None, lambda line: None):
-            directory.release(uncount=False)  # as the watch does at a signal outside the steps
-            (directory.path / "starts.json").rename(directory.path / "kept")  # what follows would be a good end
-        (directory.path / "kept").rename(directory.path / "starts.json")
-    with pytest.raises(NoProgressError), directory.held("auto", False, None, lambda line: None):
-        pass
