@@ -6,9 +6,12 @@ import re
 
 import pytest
 
+from abba.adapter.config import AdapterConfig
 from abba.errors import CheckpointError, NoProgressError, RankLostError
+from abba.training.finish import finish
 from abba.training.resume import refuse_no_start
 from abba.training.run_directory import STARTS, RunDirectory
+from tests.checkpoint.made import write_checkpoint
 
 
 def crash(directory, error=RuntimeError):
@@ -42,9 +45,10 @@ def test_three_crashes_are_counted_and_what_a_user_mends_is_not(tmp_path):
 def test_starts_that_are_stopped_while_scoring_are_no_loop(tmp_path):
     """The steps are done, so that no new checkpoint comes; the score goes on with each start."""
     directory = RunDirectory(tmp_path / "run")
+    last = write_checkpoint(directory.checkpoints, AdapterConfig(r1=2, r2=2), {"model.layers.0.mlp.up_proj": (8, 6)})
     for _ in range(2 * STARTS):
         with contextlib.suppress(SystemExit), directory.held("auto", False, None, print):
-            directory.got_on()
+            finish(last, directory, tmp_path, print)
             directory.release(uncount=False)  # as the watch does
             raise SystemExit
 
