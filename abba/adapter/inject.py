@@ -124,8 +124,8 @@ def check_factors(name: str, factors: Factors, linear: nn.Linear, config: Adapte
     for key, factor, shape in zip(Factors._fields, factors, factor_shapes(linear, config), strict=True):
         if tuple(factor.shape) != shape:
             raise CheckpointError(
-                f"adapter: {key} of {name} is {tuple(factor.shape)}, this base needs {shape}; "
-                "the adapter was made for another model"
+                f"adapter: {key} of {name} is {tuple(factor.shape)}, this model needs {shape}; "
+                "the adapter was made for another model, r1 or r2"
             )
     if not factors.B1.any() and not factors.B2.any():
         raise CheckpointError(f"adapter: B1 and B2 of {name} are all zero, so no factor of it has a gradient")

@@ -15,7 +15,7 @@ from abba.adapter.config import (
     FullConfig,
     MethodConfig,
 )
-from abba.training.section import Count, Momentum, Positive, Section, Text, own_error
+from abba.training.section import BelowOne, Count, Positive, Section, Text, own_error
 
 WHERE = {"target_modules": list(SEVEN_LINEARS), "layer_range": None}  # of all methods but full
 ABBA_OPTIONS = {field.name: field.default for field in fields(AdapterConfig) if field.name not in WHERE}
@@ -39,7 +39,7 @@ class AdapterSection(Section):
     alpha: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     scale_rule: Literal[SCALES] | None = None
     init: Literal[INITS] | None = None
-    dropout: Momentum | None = None
+    dropout: BelowOne | None = None
     target_modules: list[str] | str | None = None
     layer_range: tuple[Count, Count] | None = None  # [first, stop): adapt these decoder layers only
     init_from: Text | None = None  # a saved adapter to start from, with a fresh optimizer

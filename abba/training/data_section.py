@@ -8,6 +8,7 @@ from abba.text.prompt import CHAT, DEFAULT_PROMPT, PROMPT_NAMES
 from abba.training.section import Count, Positive, Section, Text, own_error
 
 QUESTIONS = {"instruction_field": "question", "response_field": "answer"}  # of rows that hold no conversations
+OF_QUESTIONS = (*QUESTIONS, "input_field")
 
 
 class RowsSection(Section):
@@ -32,7 +33,7 @@ class RowsSection(Section):
 
     @model_validator(mode="after")
     def _holds_one_kind_of_rows(self) -> "RowsSection":
-        others = [key for key in (*QUESTIONS, "input_field") if getattr(self, key) is not None]
+        others = [key for key in OF_QUESTIONS if getattr(self, key) is not None]
         if self.messages_field is not None and others:
             message = (
                 "messages_field={field} holds whole conversations, so {key}={value} means nothing; leave it out, or "
@@ -104,5 +105,7 @@ def _with_shared(data: dict[str, Any], source: Any) -> Any:
         return source
     shared = {key: data[key] for key in SHARED if key in data}
     if source.get("messages_field") is not None:
-        shared = {key: value for key, value in shared.items() if key not in (*QUESTIONS, "input_field")}
+        shared = {key: value for key, value in shared.items() if key not in OF_QUESTIONS}
+    elif any(source.get(key) is not None for key in OF_QUESTIONS):
+        shared.pop("messages_field", None)
     return {**shared, **source}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from abba.adapter.config import FullConfig, factors_of
 from abba.adapter.inject import find_targets
@@ -36,6 +35,7 @@ from abba.training.recipe import Recipe
 from abba.training.resume import refuse_no_start
 from abba.training.run_directory import RunDirectory
 from abba.training.tokens import TokenizedRows, prepare_tokens
+from abba.training.yaml_file import dump_yaml
 
 
 def dry_run(recipe: Recipe, world_size: int) -> None:
@@ -48,7 +48,7 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     checked_section(recipe.deepspeed)
     start = (recipe.model.name_or_path, recipe.adapter.init_from, recipe.checkpoint.resume)
     refuse_no_start(*start, RunDirectory(recipe.output_dir))
-    print(f"# resolved recipe\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False)}")
+    print(f"# resolved recipe\n{dump_yaml(recipe.model_dump(mode='json'))}")
     micro = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)
     base = find_base(recipe.model.name_or_path, recipe.model.revision)

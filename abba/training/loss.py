@@ -12,12 +12,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from abba.sharded.engine import needs_no_weight_in_backward
-from abba.training.attention import borders_of
+from abba.training.attention import PLAIN, borders_of
 
 CHUNK = 512  # supervised tokens: with 128,256 words their fp32 logits take 263 MB
-
-# Architectures whose forward is: decoder, lm_head, and a cap on the logits where config.final_logit_softcapping is set.
-PLAIN_HEADS = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -95,7 +92,7 @@ def return_losses(model: PreTrainedModel) -> str:
     Only the positions that predict a supervised token meet the head.
     """
     head = model.get_output_embeddings()
-    if model.config.model_type in PLAIN_HEADS:
+    if model.config.model_type in PLAIN:
         assert type(head) is nn.Linear, "a head is never adapted"
         head.__class__ = LossHead
         model.forward = _fused(model, head)
@@ -104,7 +101,7 @@ def return_losses(model: PreTrainedModel) -> str:
         needs_no_weight_in_backward(head)
         return f"logits of {CHUNK} supervised tokens at a time"
     model.forward = _through_logits(model.forward)
-    return f"logits of all tokens at once: {model.config.model_type}'s head is not one of {', '.join(PLAIN_HEADS)}"
+    return f"logits of all tokens at once: {model.config.model_type}'s head is not one of {', '.join(PLAIN)}"
 
 
 def _fused(model: PreTrainedModel, head: LossHead) -> Callable[..., Tensor]:

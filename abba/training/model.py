@@ -62,12 +62,9 @@ def enable_checkpointing(model: PreTrainedModel, mode: str) -> None:
     """
     if mode == "none":
         return
-    reentrant = mode != "non_reentrant"
     # Renamed in transformers 5; the old name is deprecated.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
-    if reentrant:  # it needs an input with a gradient, and the embeddings are frozen
-        model.enable_input_require_grads()
+    enable({"use_reentrant": mode != "non_reentrant"})
     if mode == "selective":
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for layer in layers[1::2]:

@@ -12,7 +12,7 @@ from abba.storage import is_file
 from abba.text.graders import SUITES, members
 from abba.training.adapter_section import AdapterSection
 from abba.training.data_section import DataSection
-from abba.training.section import OWN, Count, Momentum, Positive, Section, Seed, Share, Size, Text, own_error
+from abba.training.section import OWN, BelowOne, Count, Positive, Section, Seed, Share, Size, Text, own_error
 from abba.training.yaml_file import read_recipe_file, suggestion
 
 
@@ -33,8 +33,8 @@ class TrainSection(Section):
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     max_steps: Positive | None = None  # instead of num_train_epochs
     weight_decay: Size = 0.0
-    adam_beta1: Momentum = 0.9
-    adam_beta2: Momentum = 0.999
+    adam_beta1: BelowOne = 0.9
+    adam_beta2: BelowOne = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     max_grad_norm: Size = 1.0
     gradient_checkpointing: Literal["reentrant", "non_reentrant", "selective", "none"] = "reentrant"

@@ -20,13 +20,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from abba.adapter.files import refuse_occupied
 from abba.checkpoint.format import list_checkpoints, remove_checkpoints, remove_leftovers
 from abba.errors import CheckpointError, DataError, NoProgressError, PreemptedError, RecipeError
 from abba.storage import free_bytes, in_gb, make_directory, read_json, write_json
 from abba.training.run_lock import RunLock
+from abba.training.yaml_file import dump_yaml
 
 STARTS = 3  # in a row that may end without a new checkpoint
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # an fp32 master and two moments
@@ -129,7 +128,7 @@ class RunDirectory:
             for path in remove_leftovers(self.checkpoints):
                 say(f"checkpoint: removed {path}, which an earlier start left unfinished")
             self._keep_metrics(step, say)
-            self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+            self.recipe.write_text(dump_yaml(recipe), encoding="utf-8")
             if job is None:
                 self._begun.unlink(missing_ok=True)
             else:

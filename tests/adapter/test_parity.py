@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 
 from abba import AdapterConfig, inject, load_adapter, save_adapter
 from abba.adapter.files import describe, read_factors, write_adapter
@@ -41,3 +42,9 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     wider = tiny_model(hidden_size=128, head_dim=32)
     with pytest.raises(CheckpointError, match="the adapter was made for another model"):
         load_adapter(wider, tmp_path / "adapter")
+    other = tiny_model()
+    inject(other, AdapterConfig(4, 5, 2.0))
+    before = [parameter.clone() for parameter in other.parameters()]
+    with pytest.raises(CheckpointError, match=r"A2 of .* is \(3, 64\), this model needs \(5, 64\)"):
+        load_adapter(other, tmp_path / "adapter")
+    assert all(map(torch.equal, before, other.parameters())), "nothing of it has been taken over"

@@ -1,11 +1,11 @@
 """The recipe's data section: sources and what they take over, kinds of rows, and each mistake by its place."""
 
 import pytest
-import yaml
 
 from abba.errors import RecipeError
 from abba.training.prepare import row_sources
 from abba.training.recipe import Recipe, load_recipe
+from abba.training.yaml_file import dump_yaml
 from tests.training.test_recipe import GOOD, SHIPPED, message
 
 MIXED = GOOD.replace(
@@ -40,8 +40,24 @@ def test_a_source_has_the_values_of_the_data_section_where_it_has_none(tmp_path)
 def test_the_resolved_recipe_loads_to_itself(tmp_path):
     for text in (GOOD, MIXED, GOOD.replace("path: rows.jsonl", "path: talks.jsonl\n  messages_field: messages")):
         recipe = load(tmp_path, text)
-        assert load(tmp_path, yaml.safe_dump(recipe.model_dump(mode="json"))) == recipe
+        assert load(tmp_path, dump_yaml(recipe.model_dump(mode="json"))) == recipe
     assert isinstance(recipe, Recipe) and recipe.data.prompt == "chat" and recipe.data.response_field is None
+
+
+def test_the_largest_recipe_and_texts_that_look_like_numbers_load_from_what_is_written(tmp_path):
+    many = [f"{{path: data/of/somebody/part-{number:03}.jsonl}}" for number in range(100)]
+    wanted = ["data.path=", f"data.sources=[{', '.join(many)}]", "model.revision='1e10'", "data.split='no'"]
+    recipe = load(tmp_path, GOOD, *wanted)
+    assert (recipe.model.revision, recipe.data.sources[99].split) == ("1e10", "no")
+    assert load(tmp_path, dump_yaml(recipe.model_dump(mode="json"))) == recipe
+
+
+def test_a_source_of_questions_takes_over_no_field_of_conversations(tmp_path):
+    sources = "data.sources=[{path: a.jsonl}, {path: b.jsonl, instruction_field: q}, {path: c.jsonl, input_field: i}]"
+    talks, asks, more = load(tmp_path, GOOD, "data.path=", "data.messages_field=messages", sources).data.sources
+    assert (talks.messages_field, talks.instruction_field) == ("messages", None)
+    assert (asks.messages_field, asks.instruction_field, asks.response_field) == (None, "q", "answer")
+    assert (more.messages_field, more.instruction_field, more.input_field) == (None, "question", "i")
 
 
 def test_sources_as_an_override(tmp_path):
