@@ -3,7 +3,7 @@
 
 python launch/evaluate.py --model meta-llama/Llama-3.1-8B --task gsm8k --output runs/gsm8k/base
 python launch/evaluate.py --adapter runs/gsm8k --task gsm8k --output runs/gsm8k/score
-python launch/evaluate.py --adapter runs/gsm8k/checkpoints/step-000100 --task math --output runs/gsm8k/math
+python launch/evaluate.py --adapter runs/gsm8k/checkpoints/step-000200 --task math --output runs/gsm8k/math
 torchrun --nproc_per_node 8 launch/evaluate.py --adapter adapters/mine --task commonsense \\
         --data LLM-Adapters/dataset --output runs/mine/commonsense
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common import argument_parser, count, positive, run_program
 
+from abba.errors import RecipeError
 from abba.sharded.ranks import Ranks, go_alone, ranks_from_environment
 from abba.text.graders import SUITES
 from abba.text.prompt import PROMPT_NAMES
@@ -43,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=positive, help="only the first N rows of each task")
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--max-new-tokens", type=positive, help="default: gsm8k 512, math 1024, commonsense 32")
-    parser.add_argument("--prompt", choices=PROMPT_NAMES, help="default: that of the adapter's training, or alpaca")
+    parser.add_argument("--prompt", choices=PROMPT_NAMES, help="default: that of the training, or alpaca")
     parser.add_argument(
         "--max-ungraded",
         type=count,
@@ -85,6 +86,8 @@ def score(arguments: argparse.Namespace, ranks: Ranks) -> None:
     is_harness = arguments.task.startswith(PREFIX)
     if not is_harness:
         question_sources(arguments.task, arguments.data)
+    elif arguments.prompt is not None:
+        raise RecipeError(f"task {arguments.task}: has its own prompts; leave --prompt out")
     named = (arguments.model, arguments.revision, arguments.adapter, arguments.prompt, arguments.any_base, say)
     wanted = ("limit", "batch_size", "max_new_tokens", "engine", "max_ungraded")
     settings = {name: getattr(arguments, name) for name in wanted}

@@ -52,11 +52,13 @@ def plan_answers(
     stops: list[int],
     dtype: torch.dtype,
     say: Callable[[str], None],
+    ranks: int = 1,
 ) -> Plan:
     """Choose the engine for these prompts, which are token ids, and say which it is.
 
     Args:
         stops: token ids that end an answer.
+        ranks: that share the prompts, each with GPUs of its own.
 
     Raises:
         RecipeError: see `require_engine`.
@@ -70,7 +72,7 @@ def plan_answers(
     demands, most = _measure(base, description, min(batch_size, len(prompts)), tokens, dtype, gpus.count)
     # Only where it could be taken: the import of vLLM takes seconds, and memory of the GPU.
     refusal = why_not_vllm(rank, dtype) if engine == "vllm" or (engine == "auto" and gpus.count) else None
-    placement = choose(engine, gpus, most, demands, refusal)
+    placement = choose(engine, gpus, most, demands, refusal, ranks)
     say(placement.line)
     name, count = placement.engine, placement.gpus
     made_by = {"engine": name, "engine_version": vllm_version() if name == "vllm" else version(name), "gpus": count}

@@ -60,7 +60,12 @@ def tensor_parallel_size(gpus: int, heads: int, kv_heads: int, width: int) -> in
 
 
 def choose(
-    wanted: str, gpus: Gpus, most: Mapping[str, int], demands: Mapping[str, Demand], refusal: str | None
+    wanted: str,
+    gpus: Gpus,
+    most: Mapping[str, int],
+    demands: Mapping[str, Demand],
+    refusal: str | None,
+    ranks: int = 1,
 ) -> Placement:
     """One GPU if the model fits there, else as many as the engine can use; vLLM before transformers where it can.
 
@@ -69,6 +74,7 @@ def choose(
         most: engine -> how many GPUs it can split this model over.
         demands: engine -> what it needs.
         refusal: why vLLM does not serve this model here, or None. Not None when vLLM is wanted is the caller's mistake.
+        ranks: that share the rows, each with GPUs of its own.
 
     Raises:
         CheckpointError: it does not fit.
@@ -88,9 +94,11 @@ def choose(
             line = f"model: {weights} of weights, {have}: {engine} {_over(engine, fitting[0])}"
             return Placement(engine, fitting[0], "; ".join([line, *notes]))
         notes.append(_too_much(engine, most[engine], demands[engine], gpus))
+    together = "start it as one process, which takes all GPUs of the node, or "
+    way_out = f"each of {ranks} ranks has its own; {together}" if ranks > 1 else ""
     raise CheckpointError(
         f"the model has {weights} of weights, there {'is' if gpus.count == 1 else 'are'} {have}: {'; '.join(notes)}; "
-        "use more or larger GPUs, or a smaller batch size and fewer new tokens"
+        f"{way_out}use more or larger GPUs, or a smaller batch size and fewer new tokens"
     )
 
 

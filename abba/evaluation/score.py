@@ -61,7 +61,8 @@ def evaluate(
     prompts = encode_prompt(tokenizer, [question.instruction for question in questions], subject.prompt)
     sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "dtype": dtype}
     sizes["stops"] = stop_ids(subject.base, tokenizer, subject.prompt)
-    plan = plan_answers(subject.base, subject.adapter, tokenizer, prompts, engine=engine, say=say, **sizes)
+    asked = (subject.base, subject.adapter, tokenizer, prompts)
+    plan = plan_answers(*asked, engine=engine, say=say, ranks=ranks.world_size, **sizes)
     settings = {"task": task, "n": len(questions), "prompt": subject.prompt, **subject.contents(), **sizes}
     settings |= {"dtype": str(dtype).removeprefix("torch."), "torch": version("torch")}
     settings |= {"rows": _hash([astuple(question) for question in questions]), "prompts": _hash(prompts)}

@@ -66,19 +66,22 @@ def opened(
     Args:
         model, revision: the base; None: those that the adapter was trained on.
         given: an adapter directory, a checkpoint, a run (its newest valid checkpoint), or None.
-        prompt: None: the adapter's own, or that of a model that was trained whole.
+        prompt: None: that of the training of the adapter, or of a model that was trained; the default where nobody
+            knows it.
         any_base: do not ask whether the adapter was trained on this base.
 
     Raises:
-        RecipeError: no base is known, or another prompt than that of the training is wanted.
+        RecipeError: no base is known, another prompt than that of the training is wanted, or `any_base` without an
+            adapter.
         CheckpointError: `given` is none of these, is a whole model, cannot be read, or was trained on another base.
     """
     if given is None:
         if model is None:
             raise RecipeError("--model: is missing; give the base, or --adapter with a run that knows its own")
+        if any_base:
+            raise RecipeError("--any-base: is of an --adapter, and none is given; leave it out")
         base = find_base(model, revision, "--model")
-        prompt = _checked_prompt(prompt, base) if (base / ABBA_CONFIG).is_file() else prompt
-        yield Subject(base, None, prompt or DEFAULT_PROMPT)
+        yield Subject(base, None, _checked_prompt(prompt, base, base))
         return
     with tempfile.TemporaryDirectory(prefix="abba-adapter-") as scratch:
         try:
@@ -95,23 +98,17 @@ def opened(
         yield Subject(base, adapter, _checked_prompt(prompt, adapter, given), given)
 
 
-def trained_prompt(trained: Path | None) -> str:
-    """The prompt of the training of an adapter or a model; the default without one, or where it does not say."""
-    recipe = _provenance(trained).get("recipe") if trained is not None else None
-    return ((recipe or {}).get("data") or {}).get("prompt", DEFAULT_PROMPT)
-
-
 def _provenance(trained: Path) -> dict[str, Any]:
     """What made an adapter or a model; nothing of a base that is not ours."""
     return (read_description(trained).provenance or {}) if (trained / ABBA_CONFIG).is_file() else {}
 
 
-def _checked_prompt(wanted: str | None, trained: Path, given: Path | None = None) -> str:
-    trained_with = trained_prompt(trained)
-    if wanted not in (None, trained_with):
-        named = given or trained
-        raise RecipeError(f"--prompt {wanted}: {named} was trained with the prompt {trained_with}; leave it out")
-    return trained_with
+def _checked_prompt(wanted: str | None, trained: Path, given: Path) -> str:
+    """That of the training, of which an adapter that was made outside a run knows nothing, or else the user's."""
+    recorded = ((_provenance(trained).get("recipe") or {}).get("data") or {}).get("prompt")
+    if recorded is not None and wanted not in (None, recorded):
+        raise RecipeError(f"--prompt {wanted}: {given} was trained with the prompt {recorded}; leave it out")
+    return recorded or wanted or DEFAULT_PROMPT
 
 
 def _standalone(given: Path, destination: Path, say: Callable[[str], None]) -> Path:

@@ -81,6 +81,16 @@ def test_what_fits_nowhere_is_one_line_with_the_way_out(wanted):
     assert "\n" not in said and error.value.exit_code == 66
 
 
+def test_ranks_that_see_a_gpu_each_are_told_to_be_one_process():
+    gpus, said = free(1, 80), {}
+    for ranks in (1, 8):
+        with pytest.raises(CheckpointError, match="there is 1 GPU of 80.00 GB") as error:
+            choose("auto", gpus, over(gpus), SEVENTY, None, ranks)
+        said[ranks] = str(error.value)
+    assert "; each of 8 ranks has its own; start it as one process, which takes all GPUs of the node, or use" in said[8]
+    assert "; use more or larger GPUs" in said[1] and "one process" not in said[1]
+
+
 def test_memory_that_others_hold_counts_as_gone():
     gpus = free(8, 80, taken=55 * GB)
     with pytest.raises(CheckpointError, match=r"can use 17\.00 GB"):

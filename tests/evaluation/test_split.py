@@ -19,11 +19,12 @@ from abba.adapter.initialize import Factors
 from abba.adapter.linear import bypass
 from abba.base_model import load_tokenizer, load_whole
 from abba.errors import CheckpointError, RecipeError
-from abba.evaluation import generate
+from abba.evaluation import engine, generate
 from abba.evaluation.generate import generate_greedy, load_for_generation
 from abba.evaluation.placement import Demand, Gpus, kv_cache_bytes
 from abba.evaluation.score import evaluate
 from abba.evaluation.subject import Subject
+from abba.sharded.ranks import Ranks
 from tests.distributed.ranks import STORIES, TINY
 from tests.evaluation.made import adapted
 from tests.models import tiny_model
@@ -95,6 +96,14 @@ def test_layers_that_would_be_fetched_from_disk_for_every_token_are_refused(adap
     ) as error:
         load_for_generation(TINY, adapter, torch.float32, {"cpu": 10**6, "disk": 10**7})
     assert "smaller batch size" in str(error.value)
+
+
+def test_a_model_too_large_for_the_gpu_of_a_rank_is_scored_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "visible_gpus", lambda: Gpus(1, 1_000_000, 1_000_000))
+    settings = {"limit": 2, "batch_size": 2, "max_new_tokens": 8, "dtype": torch.float32, "say": print}
+    rows = str(STORIES / "test.jsonl")
+    with pytest.raises(CheckpointError, match=r"each of 8 ranks has its own; start it as one process, which takes all"):
+        evaluate(Subject(TINY, None), "gsm8k", rows, tmp_path, engine="transformers", ranks=Ranks(3, 8), **settings)
 
 
 def test_factors_lie_where_their_base_weight_lies():

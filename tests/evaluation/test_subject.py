@@ -78,6 +78,13 @@ def test_the_prompt_is_that_of_the_training(tmp_path):
         assert bare.prompt == "plain"
 
 
+def test_a_prompt_that_nothing_records_is_the_users(adapter):
+    """Adapters of save_adapter, or of checkpoints that DeepSpeed itself wrote, remember no recipe."""
+    for prompt, taken in (("plain", "plain"), ("chat", "chat"), ("alpaca", "alpaca"), (None, "alpaca")):
+        with subject(adapter, str(TINY), prompt) as own:
+            assert own.prompt == taken
+
+
 def refused(error, said, given, **how):
     with pytest.raises(error, match=said) as refusal, subject(given, **how):
         pass
@@ -145,6 +152,7 @@ def test_what_is_none_of_them_is_one_line(tmp_path, adapter):
     refused(CheckpointError, "holds no valid checkpoint", tmp_path / "damaged")
     refused(AbbaError, "shard-", damaged)
     refused(RecipeError, "--model: is missing; give the base", None)
+    refused(RecipeError, "--any-base: is of an --adapter, .* leave it out$", None, model=str(TINY), any_base=True)
     shutil.copytree(adapter, tmp_path / "unknown")
     description = json.loads((adapter / "abba_config.json").read_text())
     (tmp_path / "unknown/abba_config.json").write_text(json.dumps({**description, "base_model": None}))
@@ -163,3 +171,19 @@ def test_the_program_scores_a_run_and_refuses_one_that_cannot_be_read(tmp_path):
     (tmp_path / "run/checkpoints/step-000004/manifest.json").unlink()
     finished = warm.run(tmp_path / "unreadable", *score)
     assert finished.returncode == 66 and finished.stderr.count("\n") == 1, finished.stderr
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (["evaluate.py", "--task", "gsm8k", "--output", "out", "--any-base"], "--any-base: is of an --adapter"),
+        (["generate.py", "--prompt", "Hello", "--any-base"], "--any-base: is of an --adapter"),
+        (["evaluate.py", "--task", "lm-eval:x", "--output", "out", "--prompt", "plain"], "own prompts; leave --prompt"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, command, said):
+    program, *options = command
+    options = [str(tmp_path / "out") if option == "out" else option for option in options]
+    finished = warm.run(tmp_path / "program", f"launch/{program}", *options, "--model", str(TINY))
+    assert finished.returncode == 64 and said in finished.stderr, finished.stderr
+    assert finished.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
