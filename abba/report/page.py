@@ -16,6 +16,8 @@ CHARTS = (
     ("Tokens/s", ("tokens_per_second",), 1, True),
     ("Peak memory of rank 0, GB", ("peak_memory_bytes",), 1e9, True),
 )
+# Of a generation: ours, and those of lm-evaluation-harness.
+COLUMNS = ("row", "instruction", "reference", "generated", "correct", "doc_id", "target", "filtered_resps")
 # Nothing is fetched and nothing runs, whatever the page should turn out to contain.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -82,13 +84,15 @@ def _scores(run: Run) -> Html:
 
 
 def _samples(run: Run) -> Html:
-    parts = [part for score in run.scores if score.samples for part in (tag("h3", score.name), _generations(score))]
+    parts = [part for score in run.scores for part in _generations(score)]
     return _section(f"Generations: {run.name}", *parts) if parts else Html()
 
 
-def _generations(score: Score) -> Html:
-    names = ["row", "instruction", "reference", "generated", "correct"]
-    return _table(names, [[_shown(sample.get(name, "")) for name in names] for sample in score.samples])
+def _generations(score: Score) -> list[Html]:
+    """A heading and a table; nothing of lines that have none of the columns."""
+    names = [name for name in COLUMNS if any(name in sample for sample in score.samples)]
+    rows = [[_shown(sample.get(name, "")) for name in names] for sample in score.samples]
+    return [tag("h3", score.name), _table(names, rows)] if names else []
 
 
 def _recipes(runs: Sequence[Run]) -> list[Html]:

@@ -88,6 +88,17 @@ def test_text_from_files_stays_text(tmp_path):
     ]
 
 
+def test_generations_of_the_harness_are_shown_and_of_unknown_lines_there_is_no_table(tmp_path):
+    run = made(tmp_path / "run")
+    line = {"task": "t", "doc_id": 7, "doc": {"q": "1 + 1?"}, "target": ATTACK, "resps": [["raw"]]}
+    (run / "score/generations.jsonl").write_text(json.dumps({**line, "filtered_resps": [ATTACK]}) + "\n")
+    text = page([read_run(run, samples=8)])
+    assert "<th>doc_id</th><th>target</th><th>filtered_resps</th>" in text and "<th>row</th>" not in text
+    assert "<td>7</td>" in text and Page(text).text.count(ATTACK) == 2 and "<script" not in text
+    (run / "score/generations.jsonl").write_text(json.dumps({"other": "lines"}) + "\n")
+    assert "Generations" not in page([read_run(run, samples=8)])
+
+
 def test_a_half_written_last_line_is_left_out_and_said(tmp_path):
     run = made(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
