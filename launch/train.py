@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from common import RECIPES, end_with_reader
 from scoring import refuse_score, score
 
-from abba.sharded.ranks import Ranks, ranks_from_environment
+from abba.sharded.ranks import Ranks, accumulation_steps, ranks_from_environment
 from abba.training.failures import World, exit_code_of, fail, wait_for_end
 from abba.training.recipe import Recipe, load_recipe
 from abba.training.run_directory import RunDirectory
@@ -52,7 +52,7 @@ def run(
     from abba.training.data_report import source_shares
     from abba.training.finish import finish, owes_held_out_loss
     from abba.training.loop import Stream
-    from abba.training.prepare import accumulation_steps, plan_batches, prepare, refuse_unlike
+    from abba.training.prepare import plan_batches, prepare, refuse_unlike
     from abba.training.resume import find_resume_point, fingerprint, refuse_changes, refuse_foreign_end, refuse_no_start
 
     startup.done("imports")

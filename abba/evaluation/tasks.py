@@ -7,7 +7,7 @@ from abba.errors import DataError, RecipeError
 from abba.storage import is_there
 from abba.text.expressions import require_math_verify
 from abba.text.graders import COMMONSENSE, SUITES, members, reference_answer
-from abba.text.rows import LOCAL_FORMATS, BadRows, RowSource, usable_rows
+from abba.text.rows import LOCAL_FORMATS, BadRows, MissingFieldError, RowSource, usable_rows
 
 LLM_ADAPTERS = "dataset/ of https://github.com/AGI-Edgerunners/LLM-Adapters"
 
@@ -108,13 +108,17 @@ def _source(task: Task, path: str | None, limit: int | None) -> RowSource:
 
 def _load(task: str, source: RowSource) -> list[Question]:
     bad, questions = BadRows(), []
-    for rows, instructions, references in usable_rows(source, bad):
-        for row, instruction, reference in zip(rows, instructions, references, strict=True):
-            answer = reference_answer(task, reference)
-            if answer is None:
-                bad.add(row, f"{source.response_field} gives no answer that {task} could compare")
-                continue
-            questions.append(Question(task, row, instruction, reference, answer))
+    try:
+        for rows, instructions, references in usable_rows(source, bad):
+            for row, instruction, reference in zip(rows, instructions, references, strict=True):
+                answer = reference_answer(task, reference)
+                if answer is None:
+                    bad.add(row, f"{source.response_field} gives no answer that {task} could compare")
+                    continue
+                questions.append(Question(task, row, instruction, reference, answer))
+    except MissingFieldError as error:
+        needed = filter(None, (source.instruction_field, source.response_field, source.input_field))
+        raise DataError(f"{error.reason}; rows of {task} need the fields {', '.join(needed)}") from None
     if bad.reasons or not questions:
         raise DataError(
             f"{source.path}: {bad.reasons.total()} of its rows cannot be scored; {bad.first or 'it has none'}"

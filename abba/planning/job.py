@@ -7,6 +7,7 @@ from functools import cached_property
 from abba.adapter.config import AdapterConfig, BaselineConfig, FullConfig, MethodConfig
 from abba.errors import RecipeError
 from abba.planning.architecture import Architecture, Parameter, factors
+from abba.sharded.ranks import accumulation_steps
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,7 @@ class Job:
         Raises:
             RecipeError: the global batch cannot be shared out evenly.
         """
-        whole, rest = divmod(self.global_batch, self.micro_batch * self.gpus)
-        if rest or not whole:
-            raise RecipeError(
-                f"train.global_batch_size: {self.global_batch} cannot be shared by {self.gpus} GPUs in micro-batches "
-                f"of {self.micro_batch}; make it a multiple of {self.micro_batch * self.gpus}"
-            )
-        return whole
+        return accumulation_steps(self.global_batch, self.micro_batch, self.gpus, "GPUs")
 
     @property
     def micro_tokens(self) -> int:

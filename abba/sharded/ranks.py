@@ -20,6 +20,8 @@ LAUNCHERS = {
 # What other MPIs' launchers set. Taken for plain starts, their processes would each train a model of their own.
 FOREIGN = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE")
 
+MOST_SUGGESTED = 1024  # ranks
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -68,6 +70,26 @@ def ranks_from_environment() -> Ranks:
                 "use Open MPI's mpirun, deepspeed, torchrun or srun, or set RANK, WORLD_SIZE and LOCAL_RANK"
             )
     return Ranks(job=job, requeued=of_job[1])
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, ranks: int, what: str = "ranks") -> int:
+    """Micro-batches that each of `ranks` computes in a step. `what`: as the user calls them.
+
+    Raises:
+        RecipeError: the global batch cannot be shared out evenly.
+    """
+    accumulation, rest = divmod(global_batch, micro_batch * ranks)
+    if rest or not accumulation:
+        smaller = next((size for size in range(micro_batch - 1, 0, -1) if global_batch % (size * ranks) == 0), None)
+        first = f"set train.per_device_train_batch_size={smaller}, or " if smaller else ""
+        most = min(global_batch // micro_batch, MOST_SUGGESTED)
+        fitting = [str(number) for number in range(1, most + 1) if global_batch % (micro_batch * number) == 0]
+        raise RecipeError(
+            f"train.global_batch_size: {global_batch} cannot be shared by {ranks} {what} in micro-batches of "
+            f"{micro_batch}; {first}make it a multiple of {micro_batch * ranks}; with these sizes the number of {what} "
+            f"can be {', '.join(fitting)}"
+        )
+    return accumulation
 
 
 def refuse_hierarchy(size: int, ranks: Ranks) -> None:

@@ -26,6 +26,14 @@ MAX_REASONS = 20
 OTHER_REASONS = "other reasons"
 
 
+class MissingFieldError(DataError):
+    """Rows lack a field that is wanted; who wants it knows the way out."""
+
+    def __init__(self, source: "RowSource", field: str, has: list[str]) -> None:
+        super().__init__(f"{source.path}: rows have no field {field!r}, only {', '.join(has)}")
+        self.field = field
+
+
 @dataclass(frozen=True)
 class RowSource:
     """Where rows come from and how they become examples; see the recipe's `data` section.
@@ -94,8 +102,7 @@ def _chunks(source: RowSource, wanted: list[str], bad: BadRows) -> Iterator[tupl
     dataset = _open(source)
     missing = [field for field in wanted if field not in dataset.column_names]
     if missing:
-        has = ", ".join(dataset.column_names)
-        raise DataError(f"{source.path}: rows have no field {missing[0]!r}, only {has}; {_way_out(source, missing[0])}")
+        raise MissingFieldError(source, missing[0], dataset.column_names)
     bad.unused_fields = [field for field in dataset.column_names if field not in wanted]
     count = min(len(dataset), source.max_rows or len(dataset))
     for first in range(0, count, CHUNK):
@@ -107,13 +114,6 @@ def _chunks(source: RowSource, wanted: list[str], bad: BadRows) -> Iterator[tupl
                 f"{source.path}: row {_not_utf8(dataset, rows) + 1} is not UTF-8 text; convert it"
             ) from None
         yield first, list(zip(*(chunk[field] for field in wanted), strict=True))
-
-
-def _way_out(source: RowSource, missing: str) -> str:
-    for key in ("messages_field", "input_field"):
-        if getattr(source, key) == missing:
-            return f"set data.{key} to one of them"
-    return "set data.instruction_field and data.response_field, or data.messages_field where rows are conversations"
 
 
 def _not_utf8(dataset: Any, rows: range) -> int:

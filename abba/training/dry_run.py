@@ -20,17 +20,11 @@ from abba.base_model import (
     load_tokenizer,
 )
 from abba.sharded.engine import checked_section
+from abba.sharded.ranks import accumulation_steps
 from abba.training.attention import line_tokens, refuse_packing, refuse_shared_positions
 from abba.training.data_report import data_report
 from abba.training.mixture import Mixture
-from abba.training.prepare import (
-    accumulation_steps,
-    plan_batches,
-    row_sources,
-    source_names,
-    tokens_paths,
-    unused_fields,
-)
+from abba.training.prepare import plan_batches, row_sources, source_names, tokens_paths, unused_fields
 from abba.training.recipe import Recipe
 from abba.training.resume import refuse_no_start
 from abba.training.run_directory import RunDirectory
@@ -93,7 +87,7 @@ def _tokenised(recipe: Recipe, tokenizer: Any) -> Mixture:
     with tempfile.TemporaryDirectory() as scratch:
         paths = tokens_paths(recipe.data, tokenizer, Path(scratch))
         for section, source in sources.items():
-            unused = prepare_tokens(source, *limits, tokenizer, paths[section], recipe.data.prompt)
+            unused = prepare_tokens(source, *limits, tokenizer, paths[section], recipe.data.prompt, section)
             if unused:
                 print(f"# {section}: {source.path}{unused_fields(unused)}\n")
         parts = [TokenizedRows(path) for path in paths.values()]

@@ -24,22 +24,6 @@ from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
 SHARED_WITHIN_SECONDS = 120
 
 
-def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Micro-batches that each rank computes in a step.
-
-    Raises:
-        RecipeError: the global batch cannot be shared out evenly.
-    """
-    accumulation, rest = divmod(global_batch, micro_batch * world_size)
-    if rest or not accumulation:
-        fitting = [n for n in range(1, global_batch // micro_batch + 1) if (global_batch // micro_batch) % n == 0]
-        raise RecipeError(
-            f"train.global_batch_size: {global_batch} cannot be shared by {world_size} ranks in micro-batches of "
-            f"{micro_batch}; with these sizes the number of ranks can be {', '.join(map(str, fitting))}"
-        )
-    return accumulation
-
-
 def refuse_unlike(dtypes: list[bytes]) -> None:
     """What `model.dtype=auto` comes to on each rank has to be the same.
 
@@ -109,7 +93,7 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
         path = paths[section]
         part = (_found(path, say) if path.is_file() else None) if is_main else _from_rank_0(path)
         if part is None:
-            unused = prepare_tokens(source, *limits, tokenizer, path, recipe.data.prompt)
+            unused = prepare_tokens(source, *limits, tokenizer, path, recipe.data.prompt, section)
             say(f"data: tokenised into {path}{unused_fields(unused)}")
             part = TokenizedRows(path)
         parts.append(part)

@@ -7,7 +7,7 @@ in the dataset) and `uncut` (tokens before max_length cut it).
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from abba.errors import CheckpointError, DataError
 from abba.parsing import parse_json
 from abba.prepared import content_digest, write_prepared
 from abba.storage import SafetensorsFile, free_bytes, in_gb, make_directory
-from abba.text.examples import examples, prompt_content
+from abba.text.examples import Example, examples, prompt_content
 from abba.text.prompt import DEFAULT_PROMPT
-from abba.text.rows import BadRows, RowSource, content_of
+from abba.text.rows import BadRows, MissingFieldError, RowSource, content_of
 
 FORMAT_VERSION = 3
 LAYOUT = {
@@ -65,8 +65,12 @@ def prepare_tokens(
     tokenizer: Any,
     path: Path,
     prompt: str = DEFAULT_PROMPT,
+    section: str = "data",
 ) -> list[str]:
     """Tokenise every row of `source` into the file `path`; one process of a run does this. The fields left unused.
+
+    Args:
+        section: of the recipe, where the fields of this source are named.
 
     Raises:
         DataError: the dataset cannot be read, lacks the fields, is empty, or has more bad rows than allowed.
@@ -78,7 +82,7 @@ def prepare_tokens(
     ids: list[np.ndarray] = []
     supervised: list[np.ndarray] = []
     columns: dict[str, list[int]] = {"stops": [], "sources": [], "uncut": []}
-    for example in examples(source, tokenizer, prompt, bad):
+    for example in _examples(source, tokenizer, prompt, bad, section):
         if example.learned[0][0] >= max_length:
             reason = f"all labels are masked: the prompt alone fills data.max_length={max_length} tokens"
             bad.add(example.row, reason)
@@ -103,6 +107,19 @@ def prepare_tokens(
     tensors |= {"supervised": torch.from_numpy(np.concatenate(supervised))}
     write_tokens(path, tensors, bad.reasons)
     return bad.unused_fields
+
+
+def _examples(source: RowSource, tokenizer: Any, prompt: str, bad: BadRows, section: str) -> Iterator[Example]:
+    """Raises DataError where rows lack a field, with the keys that name the fields."""
+    try:
+        yield from examples(source, tokenizer, prompt, bad)
+    except MissingFieldError as error:
+        keys = f"{section}.instruction_field and {section}.response_field"
+        way_out = f"set {keys}, or {section}.messages_field where rows are conversations"
+        for key in ("messages_field", "input_field"):
+            if getattr(source, key) == error.field:
+                way_out = f"set {section}.{key} to one of them"
+        raise DataError(f"{error.reason}; {way_out}") from None
 
 
 def write_tokens(path: Path, tensors: Mapping[str, Tensor], left_out: Mapping[str, int]) -> None:

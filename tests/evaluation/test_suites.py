@@ -121,6 +121,13 @@ def test_a_reference_without_an_answer_is_named_and_not_scored_as_wrong(tmp_path
         load_questions(task, str(tmp_path / "rows.jsonl"), None)
 
 
+@pytest.mark.parametrize("task, fields", [("gsm8k", "question, answer"), ("boolq", "instruction, output, input")])
+def test_rows_without_a_tasks_fields_are_named_with_those_that_it_needs(tmp_path, task, fields):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "1 + 1?", "solution": "2"}) + "\n")
+    with pytest.raises(DataError, match=rf"only question, solution; rows of {task} need the fields {fields}$"):
+        load_questions(task, str(tmp_path / "rows.jsonl"), None)
+
+
 def test_generations_that_are_all_empty_are_no_score_of_0(tmp_path, monkeypatch):
     answering(monkeypatch, ["", " \n", ""])
     with pytest.raises(CheckpointError, match="all 3 generations are empty: the model ends at once; are base, adapter"):

@@ -49,7 +49,7 @@ def check(result, code, *expected):
         (["model.name_or_path=" + "x" * 300], 66, "is neither a directory"),
         (["data.path=nowhere.jsonl"], 65, "'nowhere.jsonl': no such file"),
         (["data.path=nobody/no-data"], 65, "hf download --repo-type dataset nobody/no-data"),
-        (["data.instruction_field=q"], 65, "rows have no field 'q', only question, answer"),
+        (["data.instruction_field=q"], 65, "'q', only question, answer; set data.instruction_field and"),
         (["data.max_length=20"], 65, "all labels are masked"),
         ([*SCORED, "evaluate.engine=vllm", "model.dtype=float32"], 64, "choose the engine transformers or auto"),
         ([*SCORED, "evaluate.engine=tgi"], 64, "evaluate.engine: 'tgi' is not one of 'auto', 'vllm' or 'transformers'"),

@@ -100,8 +100,8 @@ def test_a_dry_run_shows_an_example_of_each_source(run, tmp_path):
     "overrides, code, expected",
     [
         (["data.sources.1.path=nowhere.jsonl"], 65, "'nowhere.jsonl': no such file"),
-        (["data.sources.1.messages_field=talk"], 65, "rows have no field 'talk', only messages; set data.m"),
-        (["data.sources.1.messages_field="], 65, "talks.jsonl: rows have no field 'question', only messages"),
+        (["data.sources.1.messages_field=talk"], 65, "'talk', only messages; set data.sources.1.messages_field to one"),
+        (["data.sources.1.messages_field="], 65, "only messages; set data.sources.1.instruction_field and"),
         (["data.sources.1.weight=0.01"], 65, "talks.jsonl: its "),
         (["data.sources.1.wieght=2"], 64, "data.sources.1.wieght: unknown key; did you mean weight?"),
         ([f"model.name_or_path={TINY}"], 64, "the prompt chat: this base's tokenizer has no chat template"),

@@ -83,7 +83,16 @@ def test_the_table_of_gpus(tmp_path):
         (64, ["--recipe", "gsm8k", "model.name_or_path=/no/where"], "is neither a directory"),
         (64, ["--recipe", "gsm8k", "adapter.target_modules=[qproj]"], "did you mean q_proj"),
         (64, ["--recipe", "gsm8k", "train.learning_rat=1"], "did you mean learning_rate"),
-        (64, ["--recipe", "gsm8k", "--gpus-per-node", "3"], "cannot be shared by 3 GPUs"),
+        (
+            64,
+            ["--recipe", "gsm8k", "--gpus-per-node", "3"],
+            "cannot be shared by 3 GPUs in micro-batches of 4; make it a multiple of 12; with these sizes",
+        ),
+        (
+            64,
+            ["--recipe", "llama70b_gsm8k", "--nodes", "4"],
+            "32 GPUs in micro-batches of 2; set train.per_device_train_batch_size=1, or make it a multiple of 64",
+        ),
         (
             64,
             ["--recipe", "gsm8k", "deepspeed.zero_optimization.offload_param.device=nvme"],

@@ -169,6 +169,8 @@ def test_a_wide_evaluation_can_be_what_does_not_fit():
 def test_a_batch_or_a_group_that_cannot_be_shared_is_refused():
     with pytest.raises(RecipeError, match="32 cannot be shared by 3 GPUs in micro-batches of 4"):
         plan(job(), Cluster(gpus_per_node=3))
+    with pytest.raises(RecipeError, match="micro-batches of 4; set train.per_device_train_batch_size=2, or make it a"):
+        plan(job(), Cluster(nodes=2))
     with pytest.raises(RecipeError, match="8: all 8 ranks are on one node, which needs no copy"):
         plan(job(sharding=Sharding(hpz=8)), NODE)
     with pytest.raises(RecipeError, match="4 is not the 8 ranks of this node"):

@@ -39,7 +39,7 @@ def write_rows(tmp_path, *rows):
 
 def prepared(tmp_path, tokenizer, where, max_length=512, max_bad_rows=0):
     path = tokens_path(where, max_length, max_bad_rows, tokenizer, tmp_path / "tokens")
-    prepare_tokens(where, max_length, max_bad_rows, tokenizer, path)
+    prepare_tokens(where, max_length, max_bad_rows, tokenizer, path, section="data.sources.1")
     return TokenizedRows(path)
 
 
@@ -203,7 +203,7 @@ def test_input_fields_are_appended_and_long_rows_cut_and_counted(tmp_path, token
 @pytest.mark.parametrize(
     "rows, changes, expected",
     [
-        ([{"question": "a"}], {}, "rows have no field 'answer', only question; set data.instruction_field"),
+        ([{"question": "a"}], {}, "only question; set data.sources.1.instruction_field and data.sources.1.resp"),
         ([ROW, {"question": None, "answer": "b"}], {}, "the first is row 2: question is missing"),
         (
             [ROW, {"question": "a", "answer": " "}],
@@ -216,7 +216,7 @@ def test_input_fields_are_appended_and_long_rows_cut_and_counted(tmp_path, token
         ([""], {}, "rows.jsonl: is empty"),
         ([ROW, ROW, '{"question": "a", "ans'], {}, "line 3 is not JSON: Unterminated string"),
         ([ROW, b'{"question": "caf\xe9", "answer": "b"}\n', ROW], {}, "row 2 is not UTF-8 text; convert it"),
-        ([{"messages": []}], {}, "only messages; set data.instruction_field and data.response_field, or data.messages"),
+        ([{"messages": []}], {}, ", or data.sources.1.messages_field where rows are conversations"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_end_the_run(tmp_path, tokenizer, rows, changes, expected):
@@ -231,7 +231,7 @@ def test_fields_that_nothing_uses_are_named(tmp_path, tokenizer):
     unused = prepare_tokens(source(path), 512, 0, tokenizer, tmp_path / "tokens.safetensors")
     assert unused_fields(unused) == "; of its rows these fields are not used: input, id"
     assert unused_fields(prepare_tokens(source(write_rows(tmp_path, ROW)), 512, 0, tokenizer, tmp_path / "t")) == ""
-    with pytest.raises(DataError, match="only question, answer; set data.input_field to one of them"):
+    with pytest.raises(DataError, match="only question, answer; set data.sources.1.input_field to one of them"):
         prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW), input_field="inputt"))
 
 

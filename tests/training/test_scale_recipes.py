@@ -7,8 +7,7 @@ import pytest
 from abba.base_model import DTYPES
 from abba.errors import RecipeError
 from abba.sharded.engine import engine_config
-from abba.sharded.ranks import Ranks
-from abba.training.prepare import accumulation_steps
+from abba.sharded.ranks import Ranks, accumulation_steps
 from abba.training.recipe import load_recipe
 from tests.training.test_recipe import SHIPPED
 
@@ -49,6 +48,15 @@ def test_batches_and_limits_suit_the_hardware_that_is_named(name, shape, world, 
     assert layer < zero["stage3_prefetch_bucket_size"] < 1.1 * layer, "the whole next layer, and no more"
     assert 2 * layer < zero["stage3_max_live_parameters"] < 3 * layer
     assert zero["stage3_max_reuse_distance"] == 0
+
+
+def test_the_largest_micro_batch_that_the_ranks_can_share_is_named_first():
+    for micro, largest in ((8, 4), (3, 2), (5, 4)):
+        said = f"micro-batches of {micro}; set train.per_device_train_batch_size={largest}, or make it a multiple of"
+        with pytest.raises(RecipeError, match=said):
+            accumulation_steps(32, micro, 8)
+    with pytest.raises(RecipeError, match="micro-batches of 8; make it a multiple of 24; .* can be 1, 2, 4$"):
+        accumulation_steps(32, 8, 3)
 
 
 @pytest.mark.parametrize("name, world, overrides", [("metamath_llama70b", 8, []), ("llama70b_gsm8k", 12, [])])
