@@ -9,8 +9,8 @@
     python launch/convert.py runs/gsm8k adapters/gsm8k --verify --base meta-llama/Llama-3.1-8B
     python launch/convert.py deepspeed_output/global_step100 adapters/gsm8k --alpha 24 --base meta-llama/Llama-3.1-8B
 
-Needs neither deepspeed nor a GPU; only --format merged reads the base, tensor by tensor, and only --verify with --base
-loads it, to compare logits.
+Needs neither deepspeed nor a GPU; only what becomes a whole model (--format merged, full fine-tuning) reads the base,
+tensor by tensor, and only --verify with --base loads it, to compare logits.
 """
 
 import argparse
@@ -79,8 +79,6 @@ def convert(arguments: argparse.Namespace) -> None:
 
     refuse_missing(arguments.source)
     refuse_overlap(arguments.destination, arguments.source, "SRC")
-    if arguments.rank is not None and arguments.format != "lora":
-        raise RecipeError(f"--rank {arguments.rank}: has a meaning for --format lora alone")
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
     given = (arguments.strict, arguments.alpha, arguments.base)
     with open_source(arguments.source, lambda line: print(line, file=sys.stderr), *given) as source:
@@ -102,8 +100,6 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def refuse_senseless(arguments: argparse.Namespace, whole: bool, names_base: bool) -> None:
-    if arguments.format == "merged" and not arguments.base:
-        raise RecipeError("--format merged: needs --base, the model to merge into")
     for option, given in (("--revision", arguments.revision), ("--any-base", arguments.any_base)):
         if given and not (arguments.base and (arguments.verify or whole)):
             raise RecipeError(f"{option}: is of a --base that is read, to merge into or with --verify; leave it out")
@@ -114,8 +110,8 @@ def refuse_senseless(arguments: argparse.Namespace, whole: bool, names_base: boo
 def tell_what_was_lost(description, summary) -> None:
     from abba.adapter.export import vllm_advice
 
-    if description.format == "lora" and description.lora_rank:
-        print(vllm_advice(description.lora_rank))
+    if description.format == "lora":
+        print(vllm_advice(description))
     if kept := summary.kept_energy:
         least = f"least in {kept.worst_module}: {kept.worst:.2%}"
         print(f"rank {description.rank} keeps {kept.overall:.2%} of ||delta W||_F^2; {least}")

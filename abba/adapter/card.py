@@ -85,7 +85,7 @@ def _how_to_load(description: AdapterDescription) -> str:
         'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")\n```'
     )
     if description.format == "lora":
-        text += f"\n\nNote: {vllm_advice(description.lora_rank)}."
+        text += f"\n\nNote: {vllm_advice(description)}."
     return text
 
 

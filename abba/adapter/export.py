@@ -116,14 +116,15 @@ def vllm_rank(rank: int) -> int | None:
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
-def vllm_advice(rank: int) -> str:
-    """The flag that vLLM needs to serve a LoRA of this rank, or why it cannot."""
+def vllm_advice(description: AdapterDescription) -> str:
+    """The flag that vLLM needs to serve an adapter in LoRA form, or why it cannot."""
+    rank = description.lora_rank
     enough = vllm_rank(rank)
     if enough is None:
-        return (
-            f"rank {rank} is above vLLM's limit of {VLLM_RANKS[-1]}: it cannot serve this adapter; "
-            "convert it with --format merged, or with --rank 256"
-        )
+        way_out = "merge it into its base with PEFT's merge_and_unload()"
+        if isinstance(description.config, AdapterConfig):
+            way_out = "convert its source again with --format merged, or with --format lora --rank 256"
+        return f"rank {rank} is above vLLM's limit of {VLLM_RANKS[-1]}: it cannot serve this adapter; {way_out}"
     return f"serve it with vLLM: --enable-lora --max-lora-rank {enough}"
 
 

@@ -1,6 +1,6 @@
 """A standalone adapter: a directory that stock PEFT loads, written whole or not at all, re-opened before it counts.
 
-adapter_model.safetensors  the tensors, in PEFT's LoHa or LoRA form
+adapter_model.safetensors  the tensors, in PEFT's LoHa, LoRA, DoRA or HiRA form
 adapter_config.json        PEFT's configuration
 abba_config.json           what PEFT has no field for: r1, r2, alpha, module names, form
 README.md                  a model card

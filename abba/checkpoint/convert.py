@@ -1,6 +1,7 @@
-"""From a sharded training checkpoint to a standalone adapter or a merged model, one module in memory at a time.
+"""From a sharded training checkpoint to a standalone adapter or a whole model, one module in memory at a time.
 
-Needs neither torch.distributed nor deepspeed; the base model is needed for merging alone, and then as files.
+Needs neither torch.distributed nor deepspeed; the base model is needed for a whole model alone (merging, full
+fine-tuning), and then as files.
 """
 
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def convert_source(
     """Write an opened checkpoint in `form`, and re-open it.
 
     Raises:
-        RecipeError: a rank that the adapter cannot have.
+        RecipeError: a form or a rank that the adapter cannot have, or no base where a whole model is wanted.
         CheckpointError: see `write_adapter` and `write_merged`; nothing is written then.
     """
     refuse_overlap(destination, source.directory, "the checkpoint")
@@ -82,17 +83,19 @@ def convert_source(
 
 
 def _refuse_form(config: MethodConfig, form: Form) -> None:
-    forms = forms_of(config)
+    forms, made = forms_of(config), form.format or config.default_format
     if form.format is not None and form.format not in forms:
         raise RecipeError(
             f"--format {form.format}: is no form of {config.method}, which has {' and '.join(forms)}; leave it out"
         )
-    if form.base is None and (form.format or config.default_format) in (MERGED, FULL):
-        raise RecipeError(f"--base: is needed for a whole model, {config.method}; give the one that was trained")
+    if form.base is None and made in (MERGED, FULL):
+        raise RecipeError(f"--base: is needed for a whole model, {made}; give the one that was trained")
     if form.rank is None:
         return
     if not isinstance(config, AdapterConfig):
         raise RecipeError(f"--rank {form.rank}: truncates ABBA alone, and this is {config.method}; leave it out")
+    if made != "lora":
+        raise RecipeError(f"--rank {form.rank}: has a meaning for --format lora alone; leave it out")
     if not 1 <= form.rank <= config.lora_rank:
         raise RecipeError(
             f"--rank {form.rank}: is not between 1 and r1*r2 = {config.lora_rank}, the rank of the adapter"

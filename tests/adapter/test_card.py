@@ -15,6 +15,14 @@ def card(config, form, dtype):
     return model_card(AdapterDescription(config, form, modules, None, dtype=dtype), SCORES)
 
 
+def test_a_card_advises_only_what_convert_accepts():
+    """It truncates and merges ABBA alone."""
+    assert "--rank 256" in card(AdapterConfig(32, 32), "lora", "float32")
+    for method in ("lora", "rslora"):
+        text = card(BaselineConfig(method, 1024, 32.0), "lora", "float32")
+        assert "rank 1024 is above vLLM's limit of 512" in text and "--rank" not in text and "--format" not in text
+
+
 @pytest.mark.parametrize(
     "config, form, dtype, stored, whose",
     [

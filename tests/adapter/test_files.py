@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from abba import AdapterConfig, inject, load_adapter, save_adapter
 from abba.adapter import files
-from abba.adapter.directory import written_whole
+from abba.adapter.config import BaselineConfig
+from abba.adapter.directory import AdapterDescription, written_whole
 from abba.adapter.export import vllm_advice
 from abba.adapter.linear import abba_modules
 from abba.errors import CheckpointError
@@ -225,9 +226,15 @@ def test_the_lora_form_cannot_be_loaded_back_and_says_why(tmp_path):
 
 
 def test_vllm_advice_names_the_flag_or_the_limit():
-    assert "--max-lora-rank 256" in vllm_advice(16 * 16)
-    assert "--max-lora-rank 64" in vllm_advice(6 * 6)
-    assert "above vLLM's limit" in vllm_advice(32 * 32)
+    for config, rank, said in (
+        (AdapterConfig(16, 16), None, "--max-lora-rank 256"),
+        (AdapterConfig(6, 6), None, "--max-lora-rank 64"),
+        (AdapterConfig(32, 32), 256, "--max-lora-rank 256"),
+        (AdapterConfig(32, 32), None, "--format merged, or with --format lora --rank 256"),
+        (BaselineConfig("lora", 1024, 32.0), None, "above vLLM's limit of 512: .* merge_and_unload"),
+    ):
+        advice = vllm_advice(AdapterDescription(config, "lora", {}, None, rank))
+        assert re.search(said, advice) and ("convert" in advice) == ("merged" in said)
 
 
 def test_an_adapter_whose_base_was_moved_still_loads(tmp_path):

@@ -65,6 +65,21 @@ def test_a_rank_that_no_truncation_has_is_refused(tmp_path, rank):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize(
+    "form, said",
+    [
+        (Form(rank=3), "--rank 3: has a meaning for --format lora alone"),
+        (Form("loha", rank=3), "--rank 3: has a meaning for --format lora alone"),
+        (Form("merged"), "--base: is needed for a whole model, merged; give the one that was trained"),
+    ],
+)
+def test_forms_that_lack_something_are_refused_by_the_library_too(tmp_path, form, said):
+    checkpoint = write_checkpoint(tmp_path / "checkpoints", CONFIG, MODULES)
+    with pytest.raises(RecipeError, match=said):
+        convert(checkpoint, tmp_path / "adapter", form)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_destination_among_the_checkpoints_is_refused(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "run/checkpoints", CONFIG, MODULES)
     with pytest.raises(CheckpointError, match="lies among the checkpoints of a run"):

@@ -166,7 +166,7 @@ MERGED = ["--format", "merged", "--base"]
             "has no model.layers.1.self_attn.q_proj.weight, which the adapter changes",
         ),
         (lambda m, t: [m, t / "out", *MERGED, "nowhere"], 66, "--base: 'nowhere' is neither a directory"),
-        (lambda m, t: [m, t / "out", *MERGED[:2]], 64, "--format merged: needs --base"),
+        (lambda m, t: [m, t / "out", *MERGED[:2]], 64, "--base: is needed for a whole model, merged"),
         (lambda m, t: [m, t / "out", "--rank", "4"], 64, "--rank 4: has a meaning for --format lora alone"),
         (lambda m, t: [m, t / "out", "--format", "lora", "--rank", "17"], 64, "is not between 1 and r1*r2 = 16"),
         (lambda m, t: [m, t / "out", "--base", str(TINY)], 64, "is used by --verify alone"),
