@@ -13,7 +13,8 @@ from abba.adapter.initialize import reproducible, seed_for
 from abba.adapter.inject import InjectionReport, counted, find_targets
 from abba.errors import CheckpointError, RecipeError, first_line
 
-PEFT_MISSING = "needs peft, which is not installed: pip install 'abba-recipes[export]'"
+# As in setup.cfg; by its own name, because a checkout that is mounted into a container is not installed.
+PEFT_MISSING = "needs peft, which is not installed: pip install 'peft>=0.20,<0.22'"
 
 
 def inject_baseline(

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -17,10 +18,18 @@ from abba.adapter.files import read_factors, verify_adapter, write_adapter
 from abba.adapter.full import write_full
 from abba.adapter.linear import bypass
 from abba.adapter.model_files import verify_model
-from abba.errors import CheckpointError
+from abba.errors import CheckpointError, RecipeError
 from tests.models import tiny_model
+from tests.test_requirements import requirements
 
 TOKENS = torch.arange(32).reshape(2, 16) * 37 % 128
+
+
+def test_without_peft_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(RecipeError, match="adapter.method: lora: needs peft, which is not installed: pip") as error:
+        inject_baseline(tiny_model(), config_of("lora"))
+    assert error.value.reason.split("'")[1] in requirements("export")
 
 
 def config_of(method, r=8, **more):
