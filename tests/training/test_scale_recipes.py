@@ -1,6 +1,7 @@
 """Recipes of models that nothing here can hold: their batches and ZeRO-3 settings suit the GPUs that they name."""
 
 import importlib
+import re
 
 import pytest
 
@@ -10,7 +11,9 @@ from abba.sharded.engine import engine_config
 from abba.sharded.ranks import Ranks, accumulation_steps
 from abba.training.recipe import load_recipe
 from tests.training.test_recipe import SHIPPED
+from tests.warm import ROOT
 
+ROWS = 7_473  # of GSM8K
 HPZ = "deepspeed.zero_optimization.zero_hpz_partition_size={}"
 OFFLOAD = "deepspeed.zero_optimization.offload_param={device: cpu, pin_memory: true}"
 LLAMA_70B, QWEN_32B = (8192, 28672, 8 * 128), (5120, 27648, 8 * 128)  # hidden, mlp, keys or values of all heads
@@ -48,6 +51,15 @@ def test_batches_and_limits_suit_the_hardware_that_is_named(name, shape, world, 
     assert layer < zero["stage3_prefetch_bucket_size"] < 1.1 * layer, "the whole next layer, and no more"
     assert 2 * layer < zero["stage3_max_live_parameters"] < 3 * layer
     assert zero["stage3_max_reuse_distance"] == 0
+
+
+def test_checkpoints_that_examples_name_are_there_when_the_run_has_ended():
+    recipe = load_recipe("gsm8k", [], SHIPPED)
+    every, last = recipe.checkpoint.save_steps, -(-ROWS // recipe.train.global_batch_size)
+    kept = [*range(every, last, every), last][-recipe.checkpoint.save_total_limit :]
+    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "launch").glob("*.py"))]
+    named = {int(step) for text in texts for step in re.findall(r"runs/gsm8k/checkpoints/step-(\d+)", text)}
+    assert named and named <= set(kept)
 
 
 def test_the_largest_micro_batch_that_the_ranks_can_share_is_named_first():
