@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from abba.base_config import check_config, check_tokenizer_config
 from abba.base_files import BaseFiles
-from abba.errors import AbbaError, CheckpointError, RecipeError, first_line
+from abba.errors import AbbaError, ArgumentError, CheckpointError, RecipeError, first_line
 from abba.hub import HubRepository
 from abba.storage import is_file, is_there
 
@@ -50,9 +50,9 @@ def hub_model(name_or_path: str, revision: str | None, setting: str = "model.nam
     directory = Path(name_or_path)
     if is_there(directory):
         if revision is not None:
-            raise RecipeError(
-                f"model.revision: {revision!r} has no meaning for the directory {directory}; leave it out"
-            )
+            typed = setting.startswith("--")
+            error, key = (ArgumentError, "--revision") if typed else (RecipeError, "model.revision")
+            raise error(f"{key}: {revision!r} has no meaning for the directory {directory}; leave it out")
         if not is_file(directory / "config.json"):
             raise CheckpointError(f"{setting}: {directory} is no model directory: it has no config.json")
         return None

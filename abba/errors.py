@@ -24,10 +24,16 @@ class AbbaError(Exception):
 
 
 class RecipeError(AbbaError):
-    """The recipe, an override or an argument cannot be used as written."""
+    """The recipe or an override cannot be used as written."""
 
     exit_code = 64
     subject = "recipe"
+
+
+class ArgumentError(RecipeError):
+    """An argument of a program cannot be used as written; the user has no recipe at hand."""
+
+    subject = "argument"
 
 
 class DataError(AbbaError):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import argument_parser, run_program
 
-from abba.errors import CheckpointError, RecipeError
+from abba.errors import ArgumentError, CheckpointError
 
 WHOLE = ("merged", "full")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # of the largest logit; bf16 rounds the factors or their products
@@ -102,9 +102,9 @@ def convert(arguments: argparse.Namespace) -> None:
 def refuse_senseless(arguments: argparse.Namespace, whole: bool, names_base: bool) -> None:
     for option, given in (("--revision", arguments.revision), ("--any-base", arguments.any_base)):
         if given and not (arguments.base and (arguments.verify or whole)):
-            raise RecipeError(f"{option}: is of a --base that is read, to merge into or with --verify; leave it out")
+            raise ArgumentError(f"{option}: is of a --base that is read, to merge into or with --verify; leave it out")
     if arguments.base and not (arguments.verify or whole or names_base):
-        raise RecipeError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
+        raise ArgumentError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
 
 
 def tell_what_was_lost(description, summary) -> None:

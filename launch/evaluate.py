@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import argument_parser, count, positive, run_program
 
-from abba.errors import RecipeError
+from abba.errors import ArgumentError
 from abba.sharded.ranks import Ranks, go_alone, ranks_from_environment
 from abba.text.graders import SUITES
 from abba.text.prompt import PROMPT_NAMES
@@ -87,7 +87,7 @@ def score(arguments: argparse.Namespace, ranks: Ranks) -> None:
     if not is_harness:
         question_sources(arguments.task, arguments.data)
     elif arguments.prompt is not None:
-        raise RecipeError(f"task {arguments.task}: has its own prompts; leave --prompt out")
+        raise ArgumentError(f"task {arguments.task}: has its own prompts; leave --prompt out")
     named = (arguments.model, arguments.revision, arguments.adapter, arguments.prompt, arguments.any_base, say)
     wanted = ("limit", "batch_size", "max_new_tokens", "engine", "max_ungraded")
     settings = {name: getattr(arguments, name) for name in wanted}

@@ -9,9 +9,17 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from abba.adapter.model_files import _copy_companions
-from abba.base_model import build_empty, choose_attention, load_tokenizer, load_whole
+from abba.base_model import build_empty, choose_attention, find_base, load_tokenizer, load_whole
 from abba.errors import CheckpointError, RecipeError
 from tests.distributed.ranks import TINY
+
+
+def test_a_revision_of_a_directory_is_named_as_the_user_typed_it():
+    for setting, said in (((), "recipe: model.revision"), (("--model",), "argument: --revision")):
+        with pytest.raises(RecipeError) as error:
+            find_base(str(TINY), "abc", *setting)
+        assert str(error.value) == f"{said}: 'abc' has no meaning for the directory {TINY}; leave it out"
+        assert error.value.exit_code == 64
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,8 @@ def refuse_occupied(directory: Path, overwrite: bool) -> None:
     if not is_file(directory / ABBA_CONFIG):
         raise CheckpointError(f"adapter directory {directory}: holds something that is no adapter; choose another")
     if not overwrite:
-        raise CheckpointError(f"adapter directory {directory}: is not empty; choose another or pass --force")
+        way_out = "choose another or pass --force (in Python overwrite=True)"
+        raise CheckpointError(f"adapter directory {directory}: is not empty; {way_out}")
 
 
 @contextmanager

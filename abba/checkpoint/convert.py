@@ -15,7 +15,7 @@ from abba.adapter.files import AdapterSummary, write_adapter
 from abba.adapter.full import write_full
 from abba.adapter.merge import write_merged
 from abba.checkpoint.source import CHECKPOINTS, FactorSource, open_checkpoint
-from abba.errors import CheckpointError, RecipeError
+from abba.errors import ArgumentError, CheckpointError
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def convert_source(
     """Write an opened checkpoint in `form`, and re-open it.
 
     Raises:
-        RecipeError: a form or a rank that the adapter cannot have, or no base where a whole model is wanted.
+        ArgumentError: a form or a rank that the adapter cannot have, or no base where a whole model is wanted.
         CheckpointError: see `write_adapter` and `write_merged`; nothing is written then.
     """
     refuse_overlap(destination, source.directory, "the checkpoint")
@@ -85,19 +85,19 @@ def convert_source(
 def _refuse_form(config: MethodConfig, form: Form) -> None:
     forms, made = forms_of(config), form.format or config.default_format
     if form.format is not None and form.format not in forms:
-        raise RecipeError(
+        raise ArgumentError(
             f"--format {form.format}: is no form of {config.method}, which has {' and '.join(forms)}; leave it out"
         )
     if form.base is None and made in (MERGED, FULL):
-        raise RecipeError(f"--base: is needed for a whole model, {made}; give the one that was trained")
+        raise ArgumentError(f"--base: is needed for a whole model, {made}; give the one that was trained")
     if form.rank is None:
         return
     if not isinstance(config, AdapterConfig):
-        raise RecipeError(f"--rank {form.rank}: truncates ABBA alone, and this is {config.method}; leave it out")
+        raise ArgumentError(f"--rank {form.rank}: truncates ABBA alone, and this is {config.method}; leave it out")
     if made != "lora":
-        raise RecipeError(f"--rank {form.rank}: has a meaning for --format lora alone; leave it out")
+        raise ArgumentError(f"--rank {form.rank}: has a meaning for --format lora alone; leave it out")
     if not 1 <= form.rank <= config.lora_rank:
-        raise RecipeError(
+        raise ArgumentError(
             f"--rank {form.rank}: is not between 1 and r1*r2 = {config.lora_rank}, the rank of the adapter"
         )
 

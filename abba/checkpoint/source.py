@@ -15,7 +15,7 @@ from abba.adapter.files import read_factors
 from abba.adapter.initialize import Factors
 from abba.checkpoint.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed_checkpoint
 from abba.checkpoint.format import MANIFEST, MASTER, ShardReader, newest_valid, read_state, verify
-from abba.errors import CheckpointError, RecipeError
+from abba.errors import ArgumentError, CheckpointError
 from abba.storage import is_there, read_json
 
 CHECKPOINTS, SCORES = "checkpoints", Path("evaluation") / "scores.json"  # in a run's directory
@@ -108,18 +108,18 @@ def open_source(
         alpha, base_model: what DeepSpeed's do not know; alpha is refused for ours.
 
     Raises:
-        RecipeError: alpha is missing, or given twice.
+        ArgumentError: alpha is missing, or given twice.
         CheckpointError: `source` is none of them, or damaged.
     """
     if is_deepspeed_checkpoint(source) or (source / "latest").is_file():
         if alpha is None:
-            raise RecipeError(f"{source}: is a checkpoint of DeepSpeed's, which knows no alpha; add --alpha")
+            raise ArgumentError(f"{source}: is a checkpoint of DeepSpeed's, which knows no alpha; add --alpha")
         opened = open_deepspeed(source, alpha, base_model)
     else:
         is_adapter = (source / ABBA_CONFIG).is_file()
         directory = source if is_adapter else find_checkpoint(source, report, strict)
         if alpha is not None:
-            raise RecipeError(f"--alpha {alpha:g}: {directory} knows its own; leave it out")
+            raise ArgumentError(f"--alpha {alpha:g}: {directory} knows its own; leave it out")
         opened = open_adapter(directory) if is_adapter else open_checkpoint(directory)
     with opened as factors:
         yield factors

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from abba.base_model import load_tokenizer
-from abba.errors import DataError, RecipeError, first_line
+from abba.errors import ArgumentError, DataError, first_line
 from abba.evaluation.engine import visible_gpus
 from abba.evaluation.generate import load_for_generation, stop_ids
 from abba.evaluation.grading import Z_95
@@ -46,7 +46,7 @@ def run_harness(
         data: a directory of task definitions beside the harness's own. Functions that they name are run.
 
     Raises:
-        RecipeError: lm_eval is not installed, or is given what it does not take.
+        ArgumentError: lm_eval is not installed, or is given what it does not take.
         DataError: it has no such task, or cannot read its data.
         CheckpointError: base or adapter is damaged, or `output` cannot be written.
     """
@@ -83,13 +83,13 @@ def run_harness(
 
 def _refuse(task: str, data: str | None, engine: str, max_ungraded: int, ranks: Ranks) -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise RecipeError(f"task {task}: lm_eval is not installed; pip install lm-eval==0.4.13")
+        raise ArgumentError(f"task {task}: lm_eval is not installed; pip install lm-eval==0.4.13")
     if ranks.world_size > 1:
-        raise RecipeError(f"task {task}: runs on one rank, not {ranks.world_size}; it takes all GPUs of the node")
+        raise ArgumentError(f"task {task}: runs on one rank, not {ranks.world_size}; it takes all GPUs of the node")
     if engine == "vllm":
-        raise RecipeError(f"task {task}: runs with transformers; leave --engine out")
+        raise ArgumentError(f"task {task}: runs with transformers; leave --engine out")
     if max_ungraded:
-        raise RecipeError(f"task {task}: grades every row; leave --max-ungraded out")
+        raise ArgumentError(f"task {task}: grades every row; leave --max-ungraded out")
     if data is not None and not Path(data).is_dir():
         raise DataError(f"{data}: is no directory of task definitions, which --data is for {PREFIX}TASK")
 

@@ -21,7 +21,7 @@ from abba.base_model import find_base
 from abba.checkpoint.convert import convert
 from abba.checkpoint.format import MANIFEST, list_checkpoints, read_state
 from abba.checkpoint.source import CHECKPOINTS, find_checkpoint
-from abba.errors import CheckpointError, RecipeError
+from abba.errors import ArgumentError, CheckpointError
 from abba.evaluation.trained_base import trained_base
 from abba.storage import hash_file
 from abba.text.prompt import DEFAULT_PROMPT
@@ -71,15 +71,15 @@ def opened(
         any_base: do not ask whether the adapter was trained on this base.
 
     Raises:
-        RecipeError: no base is known, another prompt than that of the training is wanted, or `any_base` without an
+        ArgumentError: no base is known, another prompt than that of the training is wanted, or `any_base` without an
             adapter.
         CheckpointError: `given` is none of these, is a whole model, cannot be read, or was trained on another base.
     """
     if given is None:
         if model is None:
-            raise RecipeError("--model: is missing; give the base, or --adapter with a run that knows its own")
+            raise ArgumentError("--model: is missing; give the base, or --adapter with a run that knows its own")
         if any_base:
-            raise RecipeError("--any-base: is of an --adapter, and none is given; leave it out")
+            raise ArgumentError("--any-base: is of an --adapter, and none is given; leave it out")
         base = find_base(model, revision, "--model")
         yield Subject(base, None, _checked_prompt(prompt, base, base))
         return
@@ -94,7 +94,7 @@ def opened(
         named = (model, revision, any_base, "--model")
         base = trained_base(given, description.base_model, description.provenance or {}, *named)
         if base is None:
-            raise RecipeError(f"--model: is missing, and {given} does not say which base it was trained on")
+            raise ArgumentError(f"--model: is missing, and {given} does not say which base it was trained on")
         yield Subject(base, adapter, _checked_prompt(prompt, adapter, given), given)
 
 
@@ -107,7 +107,7 @@ def _checked_prompt(wanted: str | None, trained: Path, given: Path) -> str:
     """That of the training, of which an adapter that was made outside a run knows nothing, or else the user's."""
     recorded = ((_provenance(trained).get("recipe") or {}).get("data") or {}).get("prompt")
     if recorded is not None and wanted not in (None, recorded):
-        raise RecipeError(f"--prompt {wanted}: {given} was trained with the prompt {recorded}; leave it out")
+        raise ArgumentError(f"--prompt {wanted}: {given} was trained with the prompt {recorded}; leave it out")
     return recorded or wanted or DEFAULT_PROMPT
 
 

@@ -142,8 +142,11 @@ def suggestion(word: str, known: list[str]) -> str:
 
 
 def _read_extended(path: Path, chain: list[Path]) -> dict[str, Any]:
-    if path.resolve() in chain or len(chain) >= MAX_EXTENDS:
+    if path.resolve() in chain:
         raise RecipeError(f"{path}: extends itself, over {len(chain)} files")
+    if len(chain) >= MAX_EXTENDS:
+        said = f"with what it extends it is more than {MAX_EXTENDS} files; put some of them into one"
+        raise RecipeError(f"{chain[0]}: {said}")
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)

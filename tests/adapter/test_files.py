@@ -225,6 +225,14 @@ def test_the_lora_form_cannot_be_loaded_back_and_says_why(tmp_path):
         load_adapter(tiny_model(), tmp_path / "adapter")
 
 
+def test_an_adapter_is_replaced_only_where_it_is_meant(tmp_path):
+    model, _ = adapted()
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"is not empty; .* pass --force \(in Python overwrite=True\)$"):
+        save_adapter(model, tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter", overwrite=True)
+
+
 def test_vllm_advice_names_the_flag_or_the_limit():
     for config, rank, said in (
         (AdapterConfig(16, 16), None, "--max-lora-rank 256"),

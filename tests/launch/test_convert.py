@@ -172,6 +172,7 @@ MERGED = ["--format", "merged", "--base"]
         (lambda m, t: [m, t / "out", "--base", str(TINY)], 64, "is used by --verify alone"),
         (lambda m, t: [m, t / "out", "--alpha", "16"], 64, "--alpha 16: "),
         (lambda m, t: [m, t / "out", "--any-base"], 64, "--any-base: is of a --base that is read"),
+        (lambda m, t: [m, t / "out", *MERGED, TINY, "--revision", "v1"], 64, "argument: --revision: 'v1' has no"),
         (lambda m, t: [m, t / "out", "--revision", "v1", "--base", "o/m"], 64, "--revision: is of a --base that is"),
     ],
 )  # fmt: skip

@@ -70,6 +70,15 @@ def test_extends_merges_deeply(tmp_path):
     assert recipe.train.learning_rate == 2.0 and recipe.train.global_batch_size == 8
 
 
+def test_a_chain_of_recipes_that_is_too_long_is_called_that(tmp_path):
+    (tmp_path / "part1.yaml").write_text(GOOD)
+    for number in range(2, 10):
+        (tmp_path / f"part{number}.yaml").write_text(f"extends: part{number - 1}\n")
+    assert load_recipe("part8", [], tmp_path).train.global_batch_size == 8
+    with pytest.raises(RecipeError, match=r"part9.yaml: with what it extends it is more than 8 files; put some"):
+        load_recipe("part9", [], tmp_path)
+
+
 @pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.5e-4", 1.5e-4), ("3", 3.0), ("0.1", 0.1)])
 def test_numbers_as_people_write_them(tmp_path, text, value):
     assert load(tmp_path, GOOD, f"train.learning_rate={text}").train.learning_rate == value
