@@ -3,18 +3,25 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from abba.adapter.config import BaselineConfig, factors_of
+from abba.adapter.config import BaselineConfig, MethodConfig, factors_of
 from abba.adapter.initialize import reproducible, seed_for
 from abba.adapter.inject import InjectionReport, counted, find_targets
 from abba.errors import CheckpointError, RecipeError, first_line
 
 # As in setup.cfg; by its own name, because a checkout that is mounted into a container is not installed.
 PEFT_MISSING = "needs peft, which is not installed: pip install 'peft>=0.20,<0.22'"
+
+
+def require_peft(config: MethodConfig) -> None:
+    """Raises RecipeError where a method of PEFT's is to be trained without it."""
+    if isinstance(config, BaselineConfig) and find_spec("peft") is None:
+        raise RecipeError(f"adapter.method: {config.method}: {PEFT_MISSING}")
 
 
 def inject_baseline(
@@ -34,10 +41,9 @@ def inject_baseline(
     Raises:
         RecipeError: see `find_targets`; or peft is not installed.
     """
-    try:
-        from peft import get_peft_config, inject_adapter_in_model
-    except ImportError:
-        raise RecipeError(f"adapter.method: {config.method}: {PEFT_MISSING}") from None
+    require_peft(config)
+    from peft import get_peft_config, inject_adapter_in_model
+
     targets = find_targets(model, config)
     peft_config = get_peft_config({**config.peft_options, "target_modules": ["linear"]})
     model.requires_grad_(False)

@@ -7,24 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
+from abba.adapter.baseline import require_peft
 from abba.adapter.config import FullConfig, factors_of
 from abba.adapter.inject import find_targets
-from abba.base_model import (
-    DTYPES,
-    build_empty,
-    choose_attention,
-    choose_dtype,
-    find_base,
-    load_config,
-    load_tokenizer,
-)
+from abba.base_model import DTYPES, build_empty, choose_attention, choose_dtype
 from abba.sharded.engine import checked_section
 from abba.sharded.ranks import accumulation_steps
-from abba.training.attention import line_tokens, refuse_packing, refuse_shared_positions
+from abba.training.attention import line_tokens
 from abba.training.data_report import data_report
 from abba.training.mixture import Mixture
-from abba.training.prepare import plan_batches, row_sources, source_names, tokens_paths, unused_fields
+from abba.training.prepare import mixture, plan_batches, row_sources, tokens_paths, unused_fields, usable_base
 from abba.training.recipe import Recipe
 from abba.training.resume import refuse_no_start
 from abba.training.run_directory import RunDirectory
@@ -42,15 +36,11 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     checked_section(recipe.deepspeed)
     start = (recipe.model.name_or_path, recipe.adapter.init_from, recipe.checkpoint.resume)
     refuse_no_start(*start, RunDirectory(recipe.output_dir))
-    print(f"# resolved recipe\n{dump_yaml(recipe.model_dump(mode='json'))}")
+    require_peft(recipe.adapter.config())
+    print(f"# resolved recipe\n{dump_yaml(recipe.model_dump(mode='json'))}", end="")
     micro = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)
-    base = find_base(recipe.model.name_or_path, recipe.model.revision)
-    config = load_config(base)
-    refuse_shared_positions(config, recipe.data.max_length)
-    if recipe.data.packing:
-        refuse_packing(config.model_type)
-    tokenizer = load_tokenizer(base)
+    base, config, tokenizer = usable_base(recipe)
     dtype, attention = DTYPES[choose_dtype(recipe.model.dtype)[0]], recipe.model.attn_implementation
     attention, _ = choose_attention(config, attention, "cpu", dtype)
     with torch.device("meta"):
@@ -58,14 +48,14 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     adapter = recipe.adapter.config()
     full = isinstance(adapter, FullConfig)
     targets = {} if full else find_targets(model, adapter)
-    data = _tokenised(recipe, tokenizer)
+    data = _tokenised(recipe, base, config, tokenizer)
     plan, _, steps = plan_batches(recipe, data)
 
-    print(f"# batches, on {world_size} rank{'s' * (world_size > 1)}: the launcher decides, see its --num_gpus")
-    print(*data.notes, sep="\n", end="\n" * bool(data.notes))
+    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    print(f"\n# batches, on {ranks}: the launcher decides, see its --num_gpus")
     packed = line_tokens(attention, recipe.data.max_length) if recipe.data.packing else None
     print(*data_report(data, plan, steps, packed), sep="\n")
-    print(f"global batch {settings.global_batch_size} = {world_size} ranks x {micro} rows x {accumulation} times")
+    print(f"global batch {settings.global_batch_size} = {ranks} x {micro} rows x {accumulation} times")
     print("\n# adapter")
     total = sum(p.numel() for p in model.parameters())
     if full:
@@ -81,7 +71,7 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
         _show_example(data, rows[0], tokenizer)
 
 
-def _tokenised(recipe: Recipe, tokenizer: Any) -> Mixture:
+def _tokenised(recipe: Recipe, base: Path, config: PretrainedConfig, tokenizer: Any) -> Mixture:
     """The rows, without a file that stays."""
     sources, limits = row_sources(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,9 +79,9 @@ def _tokenised(recipe: Recipe, tokenizer: Any) -> Mixture:
         for section, source in sources.items():
             unused = prepare_tokens(source, *limits, tokenizer, paths[section], recipe.data.prompt, section)
             if unused:
-                print(f"# {section}: {source.path}{unused_fields(unused)}\n")
+                print(f"{section}: {source.path}{unused_fields(unused)}")
         parts = [TokenizedRows(path) for path in paths.values()]
-    return Mixture(parts, source_names(sources), recipe.data.weights)
+    return mixture(parts, sources, recipe.data.weights, base, config, print)
 
 
 def _show_example(data: Mixture, row: int, tokenizer: Any) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from abba.base_model import find_base, hub_model, load_config, load_tokenizer
 from abba.errors import CheckpointError, RecipeError
 from abba.text.encode import padding_id
@@ -79,13 +81,7 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
         DataError: a dataset cannot be used.
         RecipeError: two sources are the same, a chat template is needed and there is none, or rows would not be apart.
     """
-    base = find_base(recipe.model.name_or_path, recipe.model.revision)
-    config = load_config(base)
-    refuse_shared_positions(config, recipe.data.max_length)
-    if recipe.data.packing:
-        refuse_packing(config.model_type)
-    vocabulary = config.get_text_config().vocab_size
-    tokenizer = load_tokenizer(base)
+    base, config, tokenizer = usable_base(recipe)
     sources, limits = row_sources(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
     paths = tokens_paths(recipe.data, tokenizer, Path(recipe.data.prepared_path))
     parts = []
@@ -97,7 +93,38 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
             say(f"data: tokenised into {path}{unused_fields(unused)}")
             part = TokenizedRows(path)
         parts.append(part)
-    data = Mixture(parts, source_names(sources), recipe.data.weights)
+    return base, padding_id(tokenizer), mixture(parts, sources, recipe.data.weights, base, config, say)
+
+
+def usable_base(recipe: Recipe) -> tuple[Path, PretrainedConfig, Any]:
+    """(directory, configuration, tokenizer) of a base that can be trained as the recipe says.
+
+    Raises:
+        CheckpointError: it cannot be found, or its files cannot be used.
+        RecipeError: its rows would not be apart.
+    """
+    base = find_base(recipe.model.name_or_path, recipe.model.revision)
+    config = load_config(base)
+    refuse_shared_positions(config, recipe.data.max_length)
+    if recipe.data.packing:
+        refuse_packing(config.model_type)
+    return base, config, load_tokenizer(base)
+
+
+def mixture(
+    parts: list[TokenizedRows],
+    sources: Mapping[str, RowSource],
+    weights: list[float],
+    base: Path,
+    config: PretrainedConfig,
+    say: Callable[[str], None],
+) -> Mixture:
+    """The tokens of all sources as one; says what was left out, cut or means nothing.
+
+    Raises:
+        CheckpointError: the base has no embeddings for some of them.
+    """
+    data = Mixture(parts, source_names(sources), weights)
     for note in data.notes:
         say(f"data: {note}")
     for section, source in sources.items():
@@ -105,12 +132,13 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
             value = getattr(source, key)
             if value is not None and Path(source.path).is_file():
                 say(f"data: {section}.{key}={value} is for the Hub and means nothing for the file {source.path}")
+    vocabulary = config.get_text_config().vocab_size
     if data.largest_id >= vocabulary:
         raise CheckpointError(
             f"{base}: its tokenizer gives id {data.largest_id}, its model has {vocabulary} embeddings; "
             "tokenizer and model do not belong together"
         )
-    return base, padding_id(tokenizer), data
+    return data
 
 
 def unused_fields(fields: list[str]) -> str:

@@ -67,7 +67,7 @@ def test_a_dry_run_shows_what_would_run_and_writes_nothing(tmp_path):
     finished = warm.run(tmp_path / "program", *command, "data.max_rows=100", "adapter.r1=4")
     assert finished.returncode == 0, finished.stderr
     assert "r1: 4" in finished.stdout
-    assert "global batch 16 = 1 ranks x 8 rows x 2 times" in finished.stdout
+    assert "global batch 16 = 1 rank x 8 rows x 2 times" in finished.stdout
     assert "28 modules, r1=4 r2=8" in finished.stdout and "885,888 are frozen" in finished.stdout
     masked, learned = finished.stdout.splitlines()[-2:]
     assert "### Instruction:" in masked and masked.endswith("### Response:'")

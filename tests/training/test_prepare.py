@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -91,6 +92,18 @@ def test_frequencies_that_follow_the_longest_row_are_refused(recipe, base, token
         with pytest.raises(RecipeError, match=said) if said else nullcontext():
             start(recipe(llama))
     assert bool(tokenised) == (said is None)
+
+
+def test_a_dry_run_finds_what_needs_no_weights(recipe, base, tmp_path, monkeypatch):
+    small = base("llama")
+    path = Path(small.partition("=")[2]) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 16}))
+    for start in (lambda recipe: prepare(recipe, True, print), lambda recipe: dry_run(recipe, 1)):
+        with pytest.raises(CheckpointError, match="its model has 16 embeddings; tokenizer and model do not belong"):
+            start(recipe(small))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(RecipeError, match="adapter.method: lora: needs peft, which is not installed"):
+        dry_run(recipe("adapter.method=lora", "adapter.r1=", "adapter.r2=", "adapter.alpha="), 1)
 
 
 def test_a_dry_run_refuses_an_attention_that_the_base_cannot_take(recipe, base):
