@@ -102,7 +102,7 @@ def convert(arguments: argparse.Namespace) -> None:
 def refuse_senseless(arguments: argparse.Namespace, whole: bool, names_base: bool) -> None:
     for option, given in (("--revision", arguments.revision), ("--any-base", arguments.any_base)):
         if given and not (arguments.base and (arguments.verify or whole)):
-            raise ArgumentError(f"{option}: is of a --base that is read, to merge into or with --verify; leave it out")
+            raise ArgumentError(f"{option}: is of a --base that is read: whole models, --verify; leave it out")
     if arguments.base and not (arguments.verify or whole or names_base):
         raise ArgumentError(f"--base {arguments.base}: is used by --verify alone; add --verify or leave it out")
 
