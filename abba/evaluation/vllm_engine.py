@@ -1,7 +1,6 @@
 """Greedy generation with vLLM: the adapter as the LoRA of rank r1*r2 that it is, weights split over the GPUs."""
 
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from abba.adapter.files import read_factors, verify_adapter, write_adapter
 from abba.base_config import check_config
 from abba.base_files import BaseFiles
 from abba.errors import CheckpointError, RecipeError, first_line
+from abba.sharded.ranks import leave_torchruns_store
 
 GROUPS = 8  # times max_num_seqs prompts are given to vLLM at a time, so that progress can be shown and kept
 
@@ -56,8 +56,7 @@ def generate_with_vllm(
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    # Where torchrun has started us: vLLM's process group would wait for a store of torchrun's at a port of its own.
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    leave_torchruns_store()
     # It would show a traceback for having no tokenizer to try a chat template with. vLLM resets levels, not filters.
     logging.getLogger("vllm.renderers.base").addFilter(lambda record: record.levelno >= logging.ERROR)
     with _as_lora(adapter) as lora:

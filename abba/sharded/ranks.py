@@ -131,6 +131,11 @@ def go_alone(ranks: Ranks) -> None:
         os.environ.pop(name, None)
 
 
+def leave_torchruns_store() -> None:
+    """For a library with process groups of its own, which under torchrun would wait for its store at their port."""
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+
+
 def _nvidia_gpus() -> int:
     """Of this node, counted without CUDA."""
     return sum(path.name[len("nvidia") :].isdecimal() for path in Path("/dev").glob("nvidia*"))

@@ -1,6 +1,7 @@
 """YAML as people write it: `1e-4` is a number, `no` is text, a key stands once, nothing is executed or expanded."""
 
 import difflib
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,12 @@ _Dumper.yaml_implicit_resolvers = {
 
 def dump_yaml(recipe: dict[str, Any]) -> str:
     """What `parse_yaml` reads again."""
-    return yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = io.StringIO()
+    dumper = _Dumper(text, sort_keys=False, allow_unicode=True)  # yaml.safe_dump takes no dumper of one's own
+    dumper.open()
+    dumper.represent(recipe)
+    dumper.close()
+    return text.getvalue()
 
 
 def parse_yaml(text: str, source: str) -> Any:

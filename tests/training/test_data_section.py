@@ -102,7 +102,7 @@ def test_sources_as_an_override(tmp_path):
             "data: prompt=plain is not what conversations are writ",
         ),
         (
-            ["data.path=", "data.messages_field=m", "data.sources=[{path: a, instruction_field: q}]"],
+            ["data.path=", "data.sources=[{path: a, messages_field: m, instruction_field: q}]"],
             "data.sources.0: messages_field=m holds whole conversations, so instruction_field=q means nothing",
         ),
     ],
