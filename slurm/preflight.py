@@ -122,12 +122,13 @@ def check_recipe(name: str, overrides: list[str], number: int) -> None:
     from abba.sharded.engine import checked_section
     from abba.training.recipe import load_recipe
     from abba.training.resume import refuse_no_start
+    from abba.training.run_directory import RunDirectory
 
     try:
         recipe = load_recipe(name, overrides, RECIPES)
         checked_section(recipe.deepspeed)
-        checkpoints = Path(recipe.output_dir) / "checkpoints"
-        refuse_no_start(recipe.adapter.init_from, recipe.checkpoint.resume, checkpoints)
+        start = (recipe.model.name_or_path, recipe.adapter.init_from, recipe.checkpoint.resume)
+        refuse_no_start(*start, RunDirectory(recipe.output_dir))
     except AbbaError as error:  # the same on every node: the first one says it
         raise RefusedError(
             error.exit_code, str(error) if number == 0 else "the recipe, as the first node says"
