@@ -141,17 +141,21 @@ make_scratch() { # node-local; one per start: a job killed while it compiles lea
 
 remove_scratch() { srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 rm -rf "$TMPDIR"; }
 
-check_nodes() { # RECIPE OVERRIDES: sets RUN, BASE, REVISION, DTYPE, METHOD, TASK, the recipe's values
-    local code=0 said
+check_nodes() { # RECIPE ARGUMENTS of preflight.py: sets RUN, BASE, REVISION, DTYPE, METHOD, TASK, the recipe's values
+    local code=0
     ranks_per_node
     make_scratch
     say "preflight on $SLURM_JOB_NUM_NODES node(s) of $RANKS_PER_NODE rank(s)"
-    said=$(on_every_node python slurm/preflight.py --recipe "$1" --gpus "$RANKS_PER_NODE" \
-        --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" --free-gib "$ABBA_SCRATCH_GIB" "${@:2}") || code=$?
+    on_every_node python slurm/preflight.py --recipe "$1" --gpus "$RANKS_PER_NODE" --free-gib "$ABBA_SCRATCH_GIB" \
+        "${@:2}" > "$TMPDIR/preflight" || code=$?
     [ $code = 0 ] || leave $code "preflight: see the lines above that name a node; nothing was started"
     # shellcheck disable=SC2034  # the templates use them
-    { read -r RUN && read -r BASE && read -r REVISION && read -r DTYPE && read -r METHOD && read -r TASK; } <<< "$said"
+    RUN=$(of_recipe RUN) BASE=$(of_recipe BASE) REVISION=$(of_recipe REVISION) DTYPE=$(of_recipe DTYPE) \
+        METHOD=$(of_recipe METHOD) TASK=$(of_recipe TASK)
 }
+
+# By name, because a site's TaskProlog may print there too; with SLURM_LABELIO the task's number comes first.
+of_recipe() { sed -n "s/^[ 0-9:]*abba-recipe $1=//p" "$TMPDIR/preflight"; } # NAME
 
 check_plan() { # RECIPE OVERRIDES: does it fit these GPUs?
     local code=0

@@ -5,8 +5,8 @@
 
 Checked are the Python environment, the recipe's base model, the scratch directory, the GPUs, and that every node
 reaches the first one at MASTER_ADDR:MASTER_PORT. A network that the ranks could not use to the full is a warning. The
-first node prints what a batch script needs to know of the recipe, a value a line: output_dir, base model, its revision,
-dtype, method, and the task that its dataset has a test split of.
+first node prints what a batch script needs to know of the recipe, a line "abba-recipe NAME=VALUE" for each: RUN, its
+output_dir; BASE, REVISION and DTYPE; METHOD; and TASK, which its dataset has a test split of.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 ENVIRONMENT, STORAGE = 71, 66  # exit codes; those of recipe and base model are their own
@@ -33,7 +34,8 @@ class RefusedError(Exception):
         self.exit_code = exit_code
 
 
-def main() -> int:
+def main(said: TextIO) -> int:
+    """Checks this node; what a batch script reads goes to `said`, and nothing else does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -50,12 +52,15 @@ def main() -> int:
         check_environment()
         check_gpus(arguments.gpus, arguments.gpu_memory_gib)
         warning = network_warning(nodes)
-        if warning:  # not to stdout, which the batch script reads
+        if warning:
             print(f"preflight: {node}: WARNING: {warning}", file=sys.stderr, flush=True)
-        check_recipe(arguments.recipe, arguments.overrides, number)
+        values = check_recipe(arguments.recipe, arguments.overrides, number)
     except RefusedError as refused:
         print(f"preflight: {node}: {refused}", file=sys.stderr, flush=True)
         return refused.exit_code
+    if number == 0:
+        for name, value in values.items():
+            print(f"abba-recipe {name}={value}", file=said, flush=True)
     return 0
 
 
@@ -115,7 +120,8 @@ def network_warning(nodes: int, devices: Path = INFINIBAND) -> str:
     return ""
 
 
-def check_recipe(name: str, overrides: list[str], number: int) -> None:
+def check_recipe(name: str, overrides: list[str], number: int) -> dict[str, str]:
+    """The recipe's values that a batch script needs."""
     from abba.base_model import find_base
     from abba.errors import AbbaError
     from abba.evaluation.tasks import TASKS
@@ -133,17 +139,21 @@ def check_recipe(name: str, overrides: list[str], number: int) -> None:
         raise RefusedError(
             error.exit_code, str(error) if number == 0 else "the recipe, as the first node says"
         ) from None
-    if number == 0:
-        model, paths = recipe.model, {source.path for source in recipe.data.all_sources}
-        task = "gsm8k" if TASKS["gsm8k"].hub_path in paths else ""
-        print(recipe.output_dir, model.name_or_path, model.revision or "", model.dtype, sep="\n")
-        print(recipe.adapter.method, task, sep="\n")
+    model, paths = recipe.model, {source.path for source in recipe.data.all_sources}
     try:
-        base = find_base(recipe.model.name_or_path, recipe.model.revision)
+        base = find_base(model.name_or_path, model.revision)
         if not any(base.glob("*.safetensors")):
             raise RefusedError(STORAGE, f"base model: {base} holds no *.safetensors on this node")
     except AbbaError as error:
         raise RefusedError(error.exit_code, str(error)) from None
+    return {
+        "RUN": recipe.output_dir,
+        "BASE": model.name_or_path,
+        "REVISION": model.revision or "",
+        "DTYPE": model.dtype,
+        "METHOD": recipe.adapter.method,
+        "TASK": "gsm8k" if TASKS["gsm8k"].hub_path in paths else "",
+    }
 
 
 def meet(address: tuple[str, int], number: int, nodes: int, job: str) -> None:
@@ -195,4 +205,7 @@ def visit(address: tuple[str, int], greeting: bytes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Libraries and their loggers write to stdout too: to stderr with that, or the batch script would read it.
+    kept = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.exit(main(kept))

@@ -59,6 +59,8 @@ SlurmdLogFile=$D/log/slurmd.%n.log
 # no cgroups, no systemd, and more CPUs advertised than there are
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+# as sites have them: it prints into every task's stdout
+TaskProlog=$D/etc/prolog
 JobAcctGatherType=jobacct_gather/none
 SwitchType=switch/none
 MpiDefault=none
@@ -99,6 +101,8 @@ make_files() {
         mknod "$D/dev/gpu$gpu" c 1 3
     done
     printf 'AutoDetect=off\nName=gpu File=%s/dev/gpu[0-%d]\n' "$D" $((GPUS - 1)) > "$D/etc/gres.conf"
+    printf '#!/bin/sh\necho print welcome to this node\n' > "$D/etc/prolog"
+    chmod 755 "$D/etc/prolog"
     printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' > "$D/etc/cgroup.conf"
 }
 

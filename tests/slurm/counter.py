@@ -17,7 +17,8 @@ run = Path(next((word.partition("=")[2] for word in arguments if word.startswith
 
 steps = 600 if "slowly" in run.name else 60  # of 0.1 s
 if program == "slurm/preflight.py" and rank == 0:
-    print(run, "base", "", "bfloat16", "full" if "whole" in run.name else "abba", "", sep="\n", flush=True)
+    values = {"RUN": run, "BASE": "base", "DTYPE": "bfloat16", "METHOD": "full" if "whole" in run.name else "abba"}
+    print(*(f"abba-recipe {name}={value}" for name, value in values.items()), sep="\n", flush=True)
     if "early" in run.name and "SLURM_RESTART_COUNT" not in os.environ:
         time.sleep(60)  # long enough to be requeued meanwhile
 if program == "launch/convert.py":

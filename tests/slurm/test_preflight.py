@@ -1,13 +1,16 @@
 """Checks of slurm/preflight.py that need no cluster."""
 
 import importlib.util
+import io
 import re
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.warm import ROOT
 
 _spec = importlib.util.spec_from_file_location("preflight", ROOT / "slurm" / "preflight.py")
@@ -48,13 +51,26 @@ def test_a_warning_names_the_node_and_stops_nothing(monkeypatch, capsys):
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     for check in ("meet", "check_scratch", "check_environment", "check_gpus", "check_recipe"):
-        monkeypatch.setattr(preflight, check, lambda *_: None)
+        monkeypatch.setattr(preflight, check, lambda *_: {})
     monkeypatch.setattr(preflight, "network_warning", lambda nodes: f"slow on {nodes} nodes")
     monkeypatch.setattr("sys.argv", ["preflight.py", "--recipe", "x", "--gpus", "8"])
-    assert preflight.main() == 0
-    printed = capsys.readouterr()
-    assert printed.err == "preflight: node7: WARNING: slow on 2 nodes\n"
-    assert not printed.out, "the batch script reads it"
+    said = io.StringIO()
+    assert preflight.main(said) == 0
+    assert capsys.readouterr().err == "preflight: node7: WARNING: slow on 2 nodes\n"
+    assert not said.getvalue(), "the batch script reads it"
+
+
+def test_only_the_recipe_s_values_go_to_stdout(tmp_path):
+    """DeepSpeed's logger warns of an old name there."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    old = "deepspeed.zero_optimization.stage3_gather_fp16_weights_on_model_save=true"
+    command = ("slurm/preflight.py", "--recipe", "quickstart", "--gpus", "1", old, "output_dir=runs/a b")
+    done = warm.run(tmp_path, *command, DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.removeprefix("abba-recipe ").split("=", 1) for line in done.stdout.splitlines())
+    assert list(lines) == ["RUN", "BASE", "REVISION", "DTYPE", "METHOD", "TASK"] and lines["RUN"] == "runs/a b"
+    assert "gather_16bit_weights_on_model_save" in done.stderr
 
 
 def test_shell_is_clean():

@@ -121,9 +121,10 @@ def test_a_next_job_that_is_gone_is_asked_for_again(jobs, counting):
 
 def test_no_job_follows_what_is_trained_whole(jobs, counting):
     run = jobs.root / "counted whole"
-    job = counting(run, ABBA_CHAIN="yes")
+    job = counting(run, ABBA_CHAIN="yes", SLURM_LABELIO="1")
     assert jobs.wait(job) == "COMPLETED"
     said = jobs.log(job)
+    assert "0: from the start" in said  # each line of a task with its number
     assert "no job follows: score what this one trains with evaluate.py --model" in said and "converts what" not in said
 
 
