@@ -15,8 +15,16 @@ LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
+    "srun": (
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_NTASKS_PER_NODE",
+    ),
 }
+# For want of the step's number. In a shell that salloc or srun opened it may be the job's, or missing.
+JOB_TASKS = "SLURM_NTASKS"
 # What other MPIs' launchers set. Taken for plain starts, their processes would each train a model of their own.
 FOREIGN = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE")
 
@@ -50,8 +58,10 @@ def ranks_from_environment() -> Ranks:
     of_job = (job, int(requeued) if requeued.isdecimal() else 0)
     for launcher, names in LAUNCHERS.items():
         rank, size = (os.environ.get(name) for name in names[:2])
-        if launcher == "srun" and "SLURM_STEP_ID" not in os.environ:
-            continue  # a batch script or a login shell: no task of its own
+        if launcher == "srun":
+            if "SLURM_STEP_ID" not in os.environ:
+                continue  # a batch script or a login shell: no task of its own
+            size = size or os.environ.get(JOB_TASKS)
         if rank is None and size is None:
             continue
         try:
@@ -127,7 +137,7 @@ def go_alone(ranks: Ranks) -> None:
             where = f"{count} GPUs" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
             raise RankLostError(f"{ranks.local_world_size} ranks on a node with {where}; start one for each GPU")
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[ranks.local_rank]
-    for name in {name for names in LAUNCHERS.values() for name in names} | {"MASTER_ADDR", "MASTER_PORT"}:
+    for name in {name for names in LAUNCHERS.values() for name in names} | {JOB_TASKS, "MASTER_ADDR", "MASTER_PORT"}:
         os.environ.pop(name, None)
 
 

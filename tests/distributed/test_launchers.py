@@ -17,8 +17,26 @@ TORCHRUN = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZ
 DEEPSPEED = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}
 MPIRUN = {"OMPI_COMM_WORLD_RANK": "9", "OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 MPIRUN |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "PMIX_RANK": "9"}
-SRUN = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}
-DAEMON = {**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_LOCALID": "0"}
+SRUN = {
+    "SLURM_PROCID": "9",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NODEID": "1",
+}
+DAEMON = {
+    **SRUN,
+    "SLURM_PROCID": "0",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+BY_NTASKS = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NUM_TASKS"}
+# A shell that salloc opens, SLURM's interactive step: one task, whatever the job was given.
+SHELL = {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+SHELL |= {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_JOB_ID": "7"}
 
 
 @pytest.fixture
@@ -47,6 +65,8 @@ def under(monkeypatch):
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4,8,4"}, "srun"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "PMIX_RANK": "9", "PMI_SIZE": "16"}, "srun"),
         ({**SRUN, "SLURM_NTASKS_PER_NODE": "8"}, "srun"),
+        ({**SRUN, "SLURM_NTASKS_PER_NODE": "8", "SLURM_NTASKS": "32"}, "srun"),  # the job's: srun --preserve-env
+        ({**BY_NTASKS, "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8"}, "srun"),
     ],
 )
 def test_the_second_rank_of_the_second_node_of_eight(under, variables, launcher):
@@ -56,6 +76,11 @@ def test_the_second_rank_of_the_second_node_of_eight(under, variables, launcher)
 def test_without_a_launcher_a_process_is_alone(under):
     assert under({}) == Ranks()
     assert under({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"}) == Ranks(job="7")  # a batch script
+
+
+@pytest.mark.parametrize("of_job", [{}, {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8"}])
+def test_a_shell_within_a_job_is_alone(under, of_job):
+    assert under({**SHELL, **of_job}) == Ranks(launcher="srun", job="7")
 
 
 @pytest.mark.parametrize(
