@@ -36,6 +36,10 @@ settings() {
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     # The checked-out abba is the one that runs, whether it is installed or not.
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+    # What lies in ~/.local would come before the packages of a container or a conda environment.
+    export PYTHONNOUSERSITE=1
+    # Of sbatch --export=NONE and the like srun would make: nothing of this shell's, not even PATH, for the steps.
+    export SLURM_EXPORT_ENV=ALL
     # The network. On a node with several interfaces: NCCL_SOCKET_IFNAME=ib0 sbatch ...; more words: NCCL_DEBUG=INFO.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     # Where the ranks meet: a new port at each restart, because the old one may still be closing.
@@ -172,7 +176,7 @@ chain() { # after check_nodes: the next job, once; it starts when this one has e
     [ "$METHOD" != full ] || { say "no job follows: score what this one trains with evaluate.py --model $RUN/model" && return; }
     local note=$RUN/.next-of-$JOB # an earlier start of this job may have got that far, or not
     if [ -s "$note" ] && NEXT=$(< "$note") && [ -n "$(squeue -h -j "$NEXT" 2> /dev/null)" ]; then return; fi
-    local next=(sbatch --parsable --dependency="afterok:$JOB" --kill-on-invalid-dep=yes
+    local next=(sbatch --parsable --export=ALL --dependency="afterok:$JOB" --kill-on-invalid-dep=yes
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
         ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} --gpus-per-node="$RANKS_PER_NODE"
         --cpus-per-task="$((RANKS_PER_NODE * ${SLURM_CPUS_PER_TASK:-1}))"

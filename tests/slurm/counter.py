@@ -31,6 +31,7 @@ for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda *_: asked.append(1))
 run.mkdir(parents=True, exist_ok=True)
 if rank == 0:
+    print("meeting at", os.environ["MASTER_ADDR"], "without ~/.local" * sys.flags.no_user_site)
     print("continuing" if (run / "metrics.jsonl").exists() else "from the start", flush=True)
     with (run / "metrics.jsonl").open("a+") as metrics:
         metrics.seek(0)

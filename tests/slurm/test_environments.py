@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tests.slurm.jobs import SHAPE
 from tests.slurm.test_jobs import refused
 
 # Containers: everything up to the image is theirs, the rest is the command.
@@ -41,6 +42,17 @@ def stand_in(jobs, tmp_path):
 def ends_at_the_recipe(jobs, run, **variables):
     """A job that comes as far as the recipe, so that it is python in its environment that refuses."""
     refused(jobs, jobs.train(run, "train.max_steps=0", **variables), 64, "preflight: node1: recipe: .*train.max_steps")
+
+
+def test_what_sbatch_does_not_export_reaches_the_ranks(jobs, counter):
+    """Not even PATH comes from the user's shell, and the next job gets what this one has."""
+    exported = ("ABBA_ENV", "ABBA_RECIPE", "ABBA_SCRATCH", "ABBA_SCRATCH_GIB", "ABBA_CHAIN", "SBATCH_OUTPUT")
+    options = [*SHAPE, f"--export={','.join(exported)},SBATCH_EXPORT=NONE"]
+    job = jobs.train(jobs.root / "counted without exports", options=options, ABBA_CHAIN="yes", **counter)
+    assert jobs.wait(job) == "COMPLETED", jobs.log(job)
+    assert "meeting at node1 without ~/.local" in jobs.log(job)
+    following = jobs.log(job).split(" converts what")[0].split()[-1]
+    assert jobs.wait(following) == "COMPLETED", jobs.log(following)
 
 
 def test_apptainer(jobs, stand_in, tmp_path):
