@@ -176,9 +176,12 @@ chain() { # after check_nodes: the next job, once; it starts when this one has e
     [ "$METHOD" != full ] || { say "no job follows: score what this one trains with evaluate.py --model $RUN/model" && return; }
     local note=$RUN/.next-of-$JOB # an earlier start of this job may have got that far, or not
     if [ -s "$note" ] && NEXT=$(< "$note") && [ -n "$(squeue -h -j "$NEXT" 2> /dev/null)" ]; then return; fi
+    local constraint
+    constraint=$(scontrol -o show job "$JOB" | sed -n 's/.* Features=\([^ ]*\).*/\1/p' | grep -vxF '(null)')
     local next=(sbatch --parsable --export=ALL --dependency="afterok:$JOB" --kill-on-invalid-dep=yes
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
-        ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} --gpus-per-node="$RANKS_PER_NODE"
+        ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"}
+        ${constraint:+--constraint="$constraint"} --gpus-per-node="$RANKS_PER_NODE"
         --cpus-per-task="$((RANKS_PER_NODE * ${SLURM_CPUS_PER_TASK:-1}))"
         slurm/convert_evaluate.sh "$RUN")
     # This job's own SLURM_ variables would be the next one's defaults.
@@ -251,7 +254,7 @@ begin() { # the template's arguments
 
 train() { # RECIPE OVERRIDES
     local code=0
-    check_nodes "$@"
+    check_nodes "$@" --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB"
     check_plan "$@"
     chain
     say "python launch/train.py --recipe ${*@Q}"

@@ -12,7 +12,8 @@
 #SBATCH --output=%x-%j.out
 ##SBATCH --account=YOUR_ACCOUNT
 ##SBATCH --partition=YOUR_PARTITION
-# A finished run as a LoRA that vLLM serves, in RUN-lora, and its score, in RUN/score: one process on one node.
+# A finished run as a LoRA that vLLM serves (of hira, loha and dora the adapter in its own form), in RUN-lora, and its
+# score, in RUN/score: one process on one node.
 #
 #     sbatch slurm/convert_evaluate.sh runs/gsm8k
 #     sbatch slurm/convert_evaluate.sh runs/gsm8k --limit 200        # arguments of launch/evaluate.py
@@ -38,12 +39,12 @@ read -ra evaluate <<< "$ABBA_EVALUATE"
 
 then_leave() { [ "$1" = 0 ] || leave "$1" "the message above says why; the same sbatch command tries again"; }
 
-form=(--format lora)
-[ "$METHOD" = abba ] || form=()    # what another method has trained has one form
+form=() what=adapter    # what another method has trained has one form, its own
+case $METHOD in abba) form=(--format lora) what=LoRA ;; lora) what=LoRA ;; esac
 on_first_node python launch/convert.py "$run" "$run-lora" "${form[@]}" --verify --force
 then_leave $?
-will_score "${evaluate[@]}" "${@:2}" || leave 0 "the LoRA is $run-lora"
+will_score "${evaluate[@]}" "${@:2}" || leave 0 "the $what is $run-lora"
 on_first_node python launch/evaluate.py --model "$BASE" ${REVISION:+--revision "$REVISION"} --dtype "$DTYPE" \
     --adapter "$run/adapter" ${TASK:+--task "$TASK"} --output "$run/score" "${evaluate[@]}" "${@:2}"
 then_leave $?
-leave 0 "the LoRA is $run-lora, the score $run/score/scores.json"
+leave 0 "the $what is $run-lora, the score $run/score/scores.json"

@@ -19,6 +19,7 @@
 #     sbatch slurm/sweep.sh
 #     ABBA_RATES="1e-3 2e-3" sbatch --array=0-1 slurm/sweep.sh train.num_train_epochs=2    # overrides of the recipe
 #     ABBA_RECIPE=gsm8k_lora ABBA_RATES="1e-4 2e-4 5e-4" sbatch --array=0-2 slurm/sweep.sh    # another recipe
+#     sbatch --array=2 slurm/sweep.sh                                                         # one of them again
 #     grep exact_match runs/sweep/*/*/score/scores.json                                       # compares them
 #
 # Edit: account and partition above, where your cluster asks for them; nodes, GPUs (a task for each) and CPUs; the
@@ -26,7 +27,7 @@
 #     ABBA_SCRATCH=/local sbatch --account=me slurm/sweep.sh
 : "${ABBA_ENV:=venv:.venv}"    # what python runs in: venv:DIRECTORY, module:NAME, apptainer:IMAGE, pyxis:IMAGE
 : "${ABBA_SCRATCH:=/tmp}"      # a node-local directory for what is temporary
-: "${ABBA_RATES:=3e-4 5e-4 1e-3 2e-3}"    # as many as the array has elements
+: "${ABBA_RATES:=3e-4 5e-4 1e-3 2e-3}"    # element 0 of the array trains at the first, and so on
 : "${ABBA_RECIPE:=gsm8k}"
 : "${ABBA_SWEEP:=runs/sweep/$(basename "$ABBA_RECIPE" .yaml)}"    # holds the runs, each under its rate
 
@@ -35,9 +36,8 @@ SELF=$(realpath "$0") && cd "${SLURM_SUBMIT_DIR:-$(dirname "$SELF")/..}" || exit
 . slurm/common.sh
 begin "$@"
 read -ra rates <<< "$ABBA_RATES"
-rate=${rates[${SLURM_ARRAY_TASK_ID:-0}]:-}
-if [ -z "$rate" ] || [ "${#rates[@]}" != "${SLURM_ARRAY_TASK_COUNT:-0}" ]; then
-    refuse 64 "ABBA_RATES has ${#rates[@]} rates, the array ${SLURM_ARRAY_TASK_COUNT:-0} elements:" \
-        "sbatch --array=0-$((${#rates[@]} - 1)) slurm/sweep.sh"
-fi
+element=${SLURM_ARRAY_TASK_ID:-${#rates[@]}}    # not of an array: one too many
+rate=${rates[element]:-}
+[ -n "$rate" ] || refuse 64 "ABBA_RATES has ${#rates[@]} rates, from 0, and none for element $element:" \
+    "sbatch --array=0-$((${#rates[@]} - 1)) slurm/sweep.sh"
 train "$ABBA_RECIPE" "train.learning_rate=$rate" "output_dir=$ABBA_SWEEP/$rate" "$@"

@@ -87,7 +87,7 @@ CONF
         name=${NODES[number]}
         [ "$MODE" = ports ] || host=$name
         echo "NodeName=$name NodeHostname=$host NodeAddr=$(address "$number") Port=$((17900 + number))" \
-            "CPUs=128 RealMemory=1000000 Gres=gpu:$GPUS State=UNKNOWN"
+            "CPUs=128 RealMemory=1000000 Gres=gpu:$GPUS Features=fast State=UNKNOWN"
     done
 }
 

@@ -14,10 +14,13 @@ from pathlib import Path
 program, arguments = sys.argv[1], sys.argv[2:]
 rank = int(os.environ["SLURM_PROCID"])
 run = Path(next((word.partition("=")[2] for word in arguments if word.startswith("output_dir=")), "none"))
+told = " ".join(arguments)
 
 steps = 600 if "slowly" in run.name else 60  # of 0.1 s
 if program == "slurm/preflight.py" and rank == 0:
-    values = {"RUN": run, "BASE": "base", "DTYPE": "bfloat16", "METHOD": "full" if "whole" in run.name else "abba"}
+    method = next((word for word in ("hira", "lora", "full") if f"counted by {word}" in told), "abba")
+    print("planned" if "--gpu-memory-gib" in told else "any GPU", file=sys.stderr)
+    values = {"RUN": run, "BASE": "base", "DTYPE": "bfloat16", "METHOD": method}
     print(*(f"abba-recipe {name}={value}" for name, value in values.items()), sep="\n", flush=True)
     if "early" in run.name and "SLURM_RESTART_COUNT" not in os.environ:
         time.sleep(60)  # long enough to be requeued meanwhile

@@ -69,10 +69,20 @@ def test_array_elements_train_at_their_own_rate(jobs, counter):
         logs = "".join(path.read_text() for path in jobs.root.glob("sweep-*.out"))
         given = f"'quickstart' 'train.learning_rate={rate}' 'output_dir={jobs.root}/a sweep/{rate}' 'train.seed=7'"
         assert f"launch/train.py --recipe {given}\n" in logs
-    other = jobs.submit(*options, "--array=0-2", "slurm/sweep.sh", **variables)
-    assert jobs.wait(f"{other}_0") == "FAILED"
+    again = jobs.submit(*options, "--array=1-3", "slurm/sweep.sh", **variables)  # three, and the first one is not there
+    assert jobs.wait(f"{again}_1") == "COMPLETED" and jobs.wait(f"{again}_2") == "FAILED"
     logs = "".join(path.read_text() for path in jobs.root.glob("sweep-*.out"))
-    assert "ABBA_RATES has 2 rates, the array 3 elements: sbatch --array=0-1 slurm/sweep.sh" in logs
+    assert "ABBA_RATES has 2 rates, from 0, and none for element 2: sbatch --array=0-1 slurm/sweep.sh" in logs
+
+
+def test_what_another_method_trained_is_no_lora_and_planned_for_no_gpu(jobs, counter):
+    options = ["--nodes=1", "--gpus-per-node=1", "--cpus-per-task=1", "slurm/convert_evaluate.sh"]
+    for method, what in {"hira": "adapter", "lora": "LoRA"}.items():
+        run = jobs.root / f"counted by {method}"
+        job = jobs.submit(*options, str(run), **counter)
+        assert jobs.wait(job) == "COMPLETED", jobs.log(job)
+        assert f"== the {what} is {run}-lora, the score {run}/score/scores.json" in jobs.log(job)
+        assert "\nplanned" not in jobs.log(job)  # a score needs fewer GPUs, and smaller ones
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from tests.faults.harness import beyond_make_test, chance
-from tests.slurm.jobs import last_step
+from tests.slurm.jobs import SHAPE, last_step
 from tests.slurm.ways import WAYS
 
 STEPS = {"time limit": 600}  # of 0.1 s; counter.py's, else 60
@@ -74,15 +74,27 @@ def test_a_killed_rank_ends_the_job(jobs, counting):
     assert "== a rank was lost" in jobs.log(job)
 
 
-def test_the_next_job_outlives_a_requeue(jobs, counting):
+@pytest.fixture
+def reservation(jobs):
+    name = "reservationname=lent"
+    jobs.control("scontrol", "create", "reservation", name, "starttime=now", "duration=60", "users=root", "nodes=ALL")
+    yield "lent"
+    jobs.command("scancel", "--reservation=lent")  # what a failed test has left
+    jobs.until(lambda: jobs.command("scontrol", "delete", name).returncode == 0, "lent", "the reservation's end", 30)
+
+
+def test_the_next_job_outlives_a_requeue_and_takes_the_same_nodes(jobs, counting, reservation):
     """afterok waits for the end, not for the first stop; its own python here cannot convert what was only counted."""
     run = jobs.root / "counted and chained"
-    job = counting(run, ABBA_CHAIN="yes", OMP_NUM_THREADS="")  # chosen by the template: this job's CPUs of a rank
+    options = [*SHAPE, f"--reservation={reservation}", "--constraint=fast"]
+    # chosen by the template: this job's CPUs of a rank
+    job = counting(run, options=options, ABBA_CHAIN="yes", OMP_NUM_THREADS="")
     jobs.until_step(job, run, 5)
     following = jobs.log(job).split(" converts what")[0].split()[-1]
     WAYS["USR1"][0](jobs, job, run)
     jobs.until_restarted(job, 1)
-    assert jobs.show(following)["JobState"] == "PENDING"
+    pending = jobs.show(following)
+    assert [pending.get(name) for name in ("JobState", "Features", "Reservation")] == ["PENDING", "fast", reservation]
     assert jobs.wait(job) == "COMPLETED"
     assert jobs.wait(following) == "COMPLETED", jobs.log(following)
     assert "threads: 2" in jobs.log(following), "not this job's 1"
@@ -120,11 +132,11 @@ def test_a_next_job_that_is_gone_is_asked_for_again(jobs, counting):
 
 
 def test_no_job_follows_what_is_trained_whole(jobs, counting):
-    run = jobs.root / "counted whole"
+    run = jobs.root / "counted by full"
     job = counting(run, ABBA_CHAIN="yes", SLURM_LABELIO="1")
     assert jobs.wait(job) == "COMPLETED"
     said = jobs.log(job)
-    assert "0: from the start" in said  # each line of a task with its number
+    assert "0: planned" in said and "0: from the start" in said  # each line of a task with its number
     assert "no job follows: score what this one trains with evaluate.py --model" in said and "converts what" not in said
 
 
