@@ -40,7 +40,7 @@ read -ra evaluate <<< "$ABBA_EVALUATE"
 then_leave() { [ "$1" = 0 ] || leave "$1" "the message above says why; the same sbatch command tries again"; }
 
 form=() what=adapter    # what another method has trained has one form, its own
-case $METHOD in abba) form=(--format lora) what=LoRA ;; lora) what=LoRA ;; esac
+case $METHOD in abba) form=(--format lora) what=LoRA ;; lora | rslora) what=LoRA ;; esac
 on_first_node python launch/convert.py "$run" "$run-lora" "${form[@]}" --verify --force
 then_leave $?
 will_score "${evaluate[@]}" "${@:2}" || leave 0 "the $what is $run-lora"
