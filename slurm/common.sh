@@ -22,7 +22,8 @@ refuse() { # CODE MESSAGE
 #   ABBA_GPU_MEMORY_GIB  for training: of each GPU, for the plan                                   (80)
 #   ABBA_PLAN            for training: no, and launch/plan.py is not asked whether it fits          (yes)
 #   ABBA_CHAIN           for training: no, and slurm/convert_evaluate.sh does not follow           (yes)
-#   ABBA_EVALUATE        arguments of launch/evaluate.py, such as "--task math --limit 200"; without --task what was
+#   ABBA_EVALUATE        arguments of launch/evaluate.py, such as "--task math --limit 200", once its rows are in the
+#                        cache: hf download --repo-type dataset HuggingFaceH4/MATH-500; without --task what was
 #                        trained on openai/gsm8k is scored on its test split, anything else is not scored  (none)
 #   ABBA_MEET_SECONDS    for training: how far apart nodes may start, such as while they fetch an image   (60)
 #   ABBA_MASTER_ADDR, ABBA_MASTER_PORT    where the ranks meet         (the first node, a port made of the job's number)
@@ -88,20 +89,20 @@ as_pyxis_mounts() { # a,b -> a:a,b:b
 
 # --- Steps: programs under srun, which the job's signals reach ------------------------------------------------------
 
-ASKED='' STEP='' INTERRUPTED=''
+ASKED='' STEP='' INTERRUPTED='' DIED_OF_USR1=138
 # To SLURM the number of one element of an array means all of them.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 JOB=${JOB:-${SLURM_JOB_ID:-}}
 
 stop_asked() { # USR1 from SLURM: the end of the time limit, or a preemption. It is passed on to the running step.
     ASKED=yes INTERRUPTED=yes
-    say "USR1 from SLURM: the ranks are asked to save"
+    say "USR1 from SLURM: what runs is asked to save and end" >&2 # stdout may be a step's file just now
     [ -z "$STEP" ] || kill -USR1 "$STEP" 2> /dev/null
 }
 
 step() { # SRUN OPTIONS -- COMMAND: its exit code. In the background, because a trap has to wait for what is not.
     local options=() code=0
-    [ -z "$ASKED" ] || leave 75 "asked to stop before training began; the same sbatch command starts again"
+    [ -z "$ASKED" ] || return $DIED_OF_USR1
     while [ "$1" != -- ]; do options+=("$1") && shift; done
     "${SRUN[@]}" "${options[@]}" "${INSIDE[@]}" "${@:2}" &
     STEP=$! INTERRUPTED=yes
@@ -134,25 +135,24 @@ ranks_per_node() { # of 8(x2), as SLURM writes it; 8,4 is refused
 make_scratch() { # node-local; one per start: a job killed while it compiles leaves a lock in TORCH_EXTENSIONS_DIR
     local job=$ABBA_SCRATCH/abba-$SLURM_JOB_ID start=${SLURM_RESTART_COUNT:-0} directory
     directory=$job-$start
+    export TMPDIR=$directory TORCH_EXTENSIONS_DIR=$directory/extensions TRITON_CACHE_DIR=$directory/triton
     # shellcheck disable=SC2016  # expanded on the nodes
     srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
         for ((earlier = 0; earlier < $1; earlier++)); do rm -rf "$0-$earlier"; done
         mkdir -p -m 700 "$0-$1" ||
             { echo "preflight: $SLURMD_NODENAME: ABBA_SCRATCH: cannot make $0-$1" >&2; exit 66; }' "$job" "$start" ||
-        refuse 66 "ABBA_SCRATCH=$ABBA_SCRATCH: nothing was started; choose a directory that every node can write"
-    export TMPDIR=$directory TORCH_EXTENSIONS_DIR=$directory/extensions TRITON_CACHE_DIR=$directory/triton
+        requeue_or_leave 66 "ABBA_SCRATCH=$ABBA_SCRATCH: nothing was started; choose a directory that every node can write"
 }
 
 remove_scratch() { srun --wait=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 rm -rf "$TMPDIR"; }
 
 check_nodes() { # RECIPE ARGUMENTS of preflight.py: sets RUN, BASE, REVISION, DTYPE, METHOD, TASK, the recipe's values
-    local code=0
     ranks_per_node
     make_scratch
     say "preflight on $SLURM_JOB_NUM_NODES node(s) of $RANKS_PER_NODE rank(s)"
     on_every_node python slurm/preflight.py --recipe "$1" --gpus "$RANKS_PER_NODE" --free-gib "$ABBA_SCRATCH_GIB" \
-        "${@:2}" > "$TMPDIR/preflight" || code=$?
-    [ $code = 0 ] || leave $code "preflight: see the lines above that name a node; nothing was started"
+        "${@:2}" > "$TMPDIR/preflight" ||
+        requeue_or_leave $? "preflight: see the lines above that name a node; nothing was started"
     # shellcheck disable=SC2034  # the templates use them
     RUN=$(of_recipe RUN) BASE=$(of_recipe BASE) REVISION=$(of_recipe REVISION) DTYPE=$(of_recipe DTYPE) \
         METHOD=$(of_recipe METHOD) TASK=$(of_recipe TASK)
@@ -162,11 +162,10 @@ check_nodes() { # RECIPE ARGUMENTS of preflight.py: sets RUN, BASE, REVISION, DT
 of_recipe() { sed -n "s/^[ 0-9:]*abba-recipe $1=//p" "$TMPDIR/preflight"; } # NAME
 
 check_plan() { # RECIPE OVERRIDES: does it fit these GPUs?
-    local code=0
     [ "$ABBA_PLAN" = yes ] || { say "ABBA_PLAN=$ABBA_PLAN: not asked whether it fits" && return; }
     on_first_node python launch/plan.py --recipe "$1" --nodes "$SLURM_JOB_NUM_NODES" --gpus-per-node "$RANKS_PER_NODE" \
-        --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" "${@:2}" || code=$?
-    [ $code = 0 ] || leave $code "plan: see the lines above; nothing was started; ABBA_PLAN=no tries all the same"
+        --gpu-memory-gib "$ABBA_GPU_MEMORY_GIB" "${@:2}" ||
+        requeue_or_leave $? "plan: see the lines above; nothing was started; ABBA_PLAN=no tries all the same"
 }
 
 # --- After it -------------------------------------------------------------------------------------------------------
@@ -217,10 +216,15 @@ preempted() { # for a job of a higher partition; SLURM's own requeue would come 
     scontrol -o show job "$JOB" | grep -q ' PreemptTime=[0-9]'
 }
 
-# Only these two requeue: scancel sends TERM as well, and what was cancelled must not come back.
-requeue_or_leave() { # CODE
-    [ -n "$ASKED" ] || preempted || leave "$1" "stopped by neither the time limit nor a preemption; the same sbatch command continues"
-    say "asked to stop and saved: requeued, to continue where it stands"
+# Asked to stop, training saves and ends with 75; what does not listen, or not yet, dies of the signal, which is no fault
+# of its own. Only these two requeue: scancel sends TERM as well, and what was cancelled must not come back.
+requeue_or_leave() { # CODE MESSAGE
+    [ "$1" != 0 ] || leave "$@"
+    [ -n "$ASKED" ] || { [[ $1 = 75 || $1 = 143 ]] && preempted; } || leave "$@"
+    # Under a time limit too short to begin it would be asked at once, each time.
+    [ "$1" = 75 ] || [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ] ||
+        leave "$1" "asked to stop before it could save, and not for the first time; is the time limit too short?"
+    say "asked to stop: requeued, to continue where it stands"
     remove_scratch
     scontrol requeue "$JOB" || leave "$1" "it cannot be requeued; the same sbatch command continues"
     exit "$1"
@@ -232,6 +236,7 @@ what_next() { # CODE
         64 | 65 | 66) echo "mend what the message above names; the same sbatch command continues" ;;
         1) echo "see the traceback above; the same sbatch command continues from the newest checkpoint" ;;
         70) echo "not finite: see the rows that are named, or lower train.learning_rate" ;;
+        75) echo "stopped by neither the time limit nor a preemption; the same sbatch command continues" ;;
         76) echo "three starts without a new checkpoint: something fails again and again; see the lines above" ;;
         *) echo "a rank was lost; the same sbatch command continues from the newest checkpoint" ;;
     esac
@@ -259,6 +264,5 @@ train() { # RECIPE OVERRIDES
     chain
     say "python launch/train.py --recipe ${*@Q}"
     on_every_gpu python launch/train.py --recipe "$@" || code=$?
-    [ $code != 75 ] || requeue_or_leave $code
-    leave $code "$(what_next $code)"
+    requeue_or_leave $code "$(what_next $code)"
 }

@@ -7,6 +7,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@60
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
@@ -37,14 +38,14 @@ check_nodes "$run/recipe.yaml"
 [ "$METHOD" != full ] || leave 64 "$run was trained whole: score it with evaluate.py --model $run/model"
 read -ra evaluate <<< "$ABBA_EVALUATE"
 
-then_leave() { [ "$1" = 0 ] || leave "$1" "the message above says why; the same sbatch command tries again"; }
+again="the message above says why; the same sbatch command tries again"
 
 form=() what=adapter    # what another method has trained has one form, its own
 case $METHOD in abba) form=(--format lora) what=LoRA ;; lora | rslora) what=LoRA ;; esac
-on_first_node python launch/convert.py "$run" "$run-lora" "${form[@]}" --verify --force
-then_leave $?
+on_first_node python launch/convert.py "$run" "$run-lora" "${form[@]}" --verify --force ||
+    requeue_or_leave $? "$again"
 will_score "${evaluate[@]}" "${@:2}" || leave 0 "the $what is $run-lora"
 on_first_node python launch/evaluate.py --model "$BASE" ${REVISION:+--revision "$REVISION"} --dtype "$DTYPE" \
-    --adapter "$run/adapter" ${TASK:+--task "$TASK"} --output "$run/score" "${evaluate[@]}" "${@:2}"
-then_leave $?
+    --adapter "$run/adapter" ${TASK:+--task "$TASK"} --output "$run/score" "${evaluate[@]}" "${@:2}" ||
+    requeue_or_leave $? "$again"    # evaluate.py goes on with the rows that are missing
 leave 0 "the $what is $run-lora, the score $run/score/scores.json"

@@ -17,6 +17,9 @@ run = Path(next((word.partition("=")[2] for word in arguments if word.startswith
 told = " ".join(arguments)
 
 steps = 600 if "slowly" in run.name else 60  # of 0.1 s
+if f"asked in {Path(program).stem}" in told and "SLURM_RESTART_COUNT" not in os.environ:
+    print(program, "does not listen yet", file=sys.stderr, flush=True)
+    time.sleep(60)  # and is ended by the signal
 if program == "slurm/preflight.py" and rank == 0:
     method = next((word for word in ("hira", "lora", "full") if f"counted by {word}" in told), "abba")
     print("planned" if "--gpu-memory-gib" in told else "any GPU", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import re
 import shutil
 import socket
@@ -79,6 +80,44 @@ def test_shell_is_clean():
     scripts = [*sorted(Path("slurm").glob("*.sh")), Path("tests/slurm/cluster.sh")]
     found = subprocess.run(["shellcheck", "-x", "-P", ".", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize(
+    "code, asked, starts, ends",
+    [
+        (75, "yes", 30, "scontrol requeue 7"),
+        (138, "yes", 9, "scontrol requeue 7"),
+        (138, "yes", 10, "== asked to stop before it could save, and not for the first time"),
+        (138, "", 0, "== as it is"),
+        (0, "yes", 0, "== as it is"),
+    ],
+)
+def test_who_is_asked_to_stop_comes_back_but_not_without_end(code, asked, starts, ends):
+    script = f"""
+        . slurm/common.sh
+        remove_scratch() {{ :; }}
+        scontrol() {{ echo "scontrol $*"; }}
+        ASKED={asked}
+        requeue_or_leave {code} "as it is"
+    """
+    variables = {"PATH": os.environ["PATH"], "HOME": "/", "ABBA_ENV": "", "ABBA_SCRATCH": "/tmp", "SLURM_JOB_ID": "7"}
+    variables["SLURM_RESTART_COUNT"] = str(starts)
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.splitlines()[-1].startswith(ends)
+
+
+@pytest.mark.parametrize(
+    "file, command",
+    [
+        ("README.md", ".venv/bin/pip install -c constraints.txt -e '.[export,eval]'"),
+        ("slurm/abba.def", "pip install --no-cache-dir --constraint constraints.txt ninja '.[export,eval]'"),
+        ("slurm/common.sh", "hf download --repo-type dataset HuggingFaceH4/MATH-500"),
+    ],
+)
+def test_what_scoring_by_task_math_needs_is_installed_and_fetched(file, command):
+    """It is the example of ABBA_EVALUATE."""
+    assert command in (ROOT / file).read_text()
 
 
 def test_every_variable_that_is_read_is_explained():
