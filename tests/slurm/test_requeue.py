@@ -44,30 +44,32 @@ def test_a_stopped_job_comes_back_and_ends(jobs, counting, way):
     assert not list((jobs.root / "scratch").glob(f"abba-{job}-*"))
 
 
-@pytest.mark.parametrize("program", ["preflight", "plan", "train"])
-def test_a_job_that_is_asked_too_early_to_listen_comes_back(jobs, counting, program):
-    run = jobs.root / f"asked in {program}"
+def test_a_job_that_is_asked_too_early_to_listen_comes_back(jobs, counting):
+    programs = ["preflight", "plan", "train"]
+    run = jobs.root / f"asked in {' '.join(programs)}"
     job = counting(run)
-    comes_back(jobs, job, run, program, "USR1")
+    comes_back(jobs, job, run, programs, "USR1")
     assert steps(run) == list(range(1, 61))
 
 
 @pytest.mark.parametrize("way", ["USR1", "preempted without USR1"])
 def test_scoring_that_is_stopped_goes_on(jobs, counter, way):
-    run = jobs.root / f"asked in evaluate by {way}"
+    run = jobs.root / f"asked in evaluate/by {way}"
     options = ["--nodes=1", "--gpus-per-node=1", "--cpus-per-task=1", "slurm/convert_evaluate.sh"]
-    comes_back(jobs, jobs.submit(*options, str(run), **counter), run, "evaluate", way)
+    comes_back(jobs, jobs.submit(*options, str(run), **counter), run, ["evaluate"], way)
 
 
-def comes_back(jobs, job, run, program, way):
-    """Stopped while `program` runs; nothing else is said to be wrong."""
-    jobs.until(lambda: "does not listen yet" in jobs.log(job), job, f"the start of {program}")
-    for order in WAYS[way]:
-        order(jobs, job, run)
-    jobs.until_restarted(job, 1)
+def comes_back(jobs, job, run, programs, way):
+    """Stopped while each of `programs` runs, at one start after the other; nothing else is said to be wrong."""
+    for start, program in enumerate(programs, start=1):
+        deaf = f"launch/{program}.py" if program != "preflight" else "slurm/preflight.py"
+        jobs.until(lambda deaf=deaf: f"{deaf} does not listen yet" in jobs.log(job), job, f"the start of {program}")
+        for order in WAYS[way]:
+            order(jobs, job, run)
+        jobs.until_restarted(job, start)
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
     said = jobs.log(job)
-    assert jobs.show(job)["Restarts"] == "1" and said.count("requeued, to continue") == 1, said
+    assert jobs.show(job)["Restarts"] == str(len(programs)) == str(said.count("requeued, to continue")), said
     assert said.count(" ends with code ") == 1 and "lines above" not in said and "a rank was lost" not in said, said
     assert not list((jobs.root / "scratch").glob(f"abba-{job}-*"))
 
