@@ -53,7 +53,7 @@ def compare(
     # A GPU that is waited for has to be started again, which would count against small layers: ten times at once there.
     times = 10 if torch.cuda.is_available() else 1
     cases = {key: partial(forward_backward, module, x_TI, dy_TO, times) for key, module in modules.items()}
-    seconds = in_turns(cases, repetitions, enough=0.8 * repetitions)  # seconds
+    seconds = in_turns(cases, repetitions, enough=0.8 * repetitions)
     seconds = {key: [value / times for value in found] for key, found in seconds.items()}
     rows = []
     for (name, rank), module in modules.items():

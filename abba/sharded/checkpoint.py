@@ -86,11 +86,14 @@ def save_checkpoint(
 
 
 def _rotated(root: Path, keep: int, step: int, aside: list[Path]) -> dict[str, str]:
+    warnings = []
     try:
         aside = [*aside, *format.rotate(root, keep, step)]
     except OSError as error:
-        return {"save_warning": f"an old checkpoint cannot be deleted: {error}"}
-    return {"save_warning": f"did not verify, and set aside: {', '.join(map(str, aside))}"} if aside else {}
+        warnings.append(f"an old checkpoint cannot be deleted: {error}")
+    if aside:
+        warnings.append(f"did not verify, and set aside: {', '.join(map(str, aside))}")
+    return {"save_warning": "; ".join(warnings)} if warnings else {}
 
 
 def newest_valid_together(

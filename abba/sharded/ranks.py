@@ -134,7 +134,7 @@ def go_alone(ranks: Ranks) -> None:
     gpus = [str(index) for index in range(count)] if visible is None else visible.split(",")
     if visible is None or len(gpus) > 1:  # a launcher may have given each rank its own already; "" hides them all
         if ranks.local_rank >= len(gpus):
-            where = f"{count} GPUs" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
+            where = f"{count} GPU{'s' * (count != 1)}" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
             raise RankLostError(f"{ranks.local_world_size} ranks on a node with {where}; start one for each GPU")
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[ranks.local_rank]
     for name in {name for names in LAUNCHERS.values() for name in names} | {JOB_TASKS, "MASTER_ADDR", "MASTER_PORT"}:

@@ -57,8 +57,8 @@ def enable_checkpointing(model: PreTrainedModel, mode: str) -> None:
     """Gradient checkpointing: of every decoder layer (`reentrant`, `non_reentrant`), of every second (`selective`).
 
     Reentrant is the rule: what else is recomputed under ZeRO-3 is gathered a third time (abba/planning/speed.py). To be
-    called when the engine is there: what makes the embedded tokens need a gradient has to come after DeepSpeed's own
-    hook, which would take it for a reason to gather the embedding for backward.
+    called when the engine is there: transformers makes the embedded tokens need a gradient, and its hook has to come
+    after DeepSpeed's own, which would take that for a reason to gather the embedding for backward.
     """
     if mode == "none":
         return

@@ -38,8 +38,8 @@ class Watch:
         self._world, self._before_exit = world, before_exit
         self._grace: float | None = None  # set while the loop looks at `requested`
         self._asked_at, self._troubled_since = 0.0, 0.0
-        self._boundary_by = float("inf")  # a request waits for the end of the step so long
-        self._ended_by = float("inf")  # and for its save as well, when the launcher is gone
+        self._step_since = 0.0  # when the last save was over
+        self._ended_by = float("inf")  # for a last step and its save, when the launcher is gone
         self._launchers = launchers_above()
         self._saving = self._ended = False
 
@@ -56,11 +56,9 @@ class Watch:
     @contextmanager
     def at_boundary(self) -> Iterator[None]:
         """Around a save, which may take as long as it takes: the step has ended, and the next one has not begun."""
-        grace, self._boundary_by, self._saving = self._grace, float("inf"), True
+        self._saving = True
         yield
-        self._saving = False
-        if self.requested:
-            self._boundary_by = time.monotonic() + grace
+        self._step_since, self._saving = time.monotonic(), False
 
     def start(self) -> None:
         """Called in the main thread, once."""
@@ -97,18 +95,13 @@ class Watch:
             self._end(PreemptedError(what), announce=True)
         elif not self.requested:
             self.requested, self._asked_at = number, now
-            self._boundary_by = float("inf") if self._saving else now + self._grace
         elif now - self._asked_at > SAME_REQUEST_SECONDS:
             self._end(RankLostError(f"a second {number.name} during step {self._world.step}: ended without saving"))
 
     def _look(self) -> None:
         self._look_at_launchers()
-        now = time.monotonic()
-        if self._grace is not None and now > min(self._boundary_by, self._ended_by):
-            waited = f"{now - self._asked_at:.0f} s of {why(self.requested)}"
-            limit = f" (checkpoint.grace_seconds={self._grace:g})" if now > self._boundary_by else ""
-            what = f"the save after step {self._world.step}" if self._saving else f"step {self._world.step}"
-            self._end(RankLostError(f"{what} did not end within {waited}{limit}: ended without saving"))
+        if self._grace is not None and self.requested:
+            self._look_at_the_time(self._grace)
         dead = self._world.dead_peer()
         others = self._world.announced()
         if dead is None and not others:
@@ -118,6 +111,15 @@ class Watch:
         trouble = others[0] if others else dead
         if time.monotonic() - self._troubled_since > (FOLLOW_SECONDS if others else DEAD_PEER_SECONDS):
             self._end(_as_error(trouble), announce=not others)
+
+    def _look_at_the_time(self, grace: float) -> None:
+        now = time.monotonic()
+        late = not self._saving and now > max(self._asked_at, self._step_since) + grace
+        if late or now > self._ended_by:
+            what = f"the save after step {self._world.step}" if self._saving else f"step {self._world.step}"
+            limit = f" (checkpoint.grace_seconds={grace:g})" if late else ""
+            waited = f"{now - self._asked_at:.0f} s of {why(self.requested)}{limit}"
+            self._end(RankLostError(f"{what} did not end within {waited}: ended without saving"))
 
     def _look_at_launchers(self) -> None:
         gone = [pid for pid, started in self._launchers.items() if process_started(pid) != started]

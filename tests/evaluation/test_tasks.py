@@ -56,6 +56,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         go_alone(Ranks(3, 4, 3, 4))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(abba.sharded.ranks, "_nvidia_gpus", lambda: 1)
-    with pytest.raises(RankLostError, match="2 ranks on a node with 1 GPUs; start one for each GPU"):
+    with pytest.raises(RankLostError, match="2 ranks on a node with 1 GPU; start one for each GPU"):
         go_alone(Ranks(1, 2, 1, 2))
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
