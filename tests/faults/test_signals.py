@@ -98,6 +98,7 @@ def test_a_save_may_take_longer_than_the_grace_time(lab, reference, trial, at):
     with trial("A5 a save that is longer than the grace time"):
         nth = {"step 6": 2, "fsync": 1}[at]
         faults = [{"rank": 0, "at": at, "do": "USR1"}, {"rank": 0, "at": "fsync", "nth": nth, "do": "sleep 5"}]
+        faults += [{"rank": 0, "at": "step 5", "do": "sleep 2"}]  # after the first save: the time counts anew
         finished, _ = lab.run(f"long-save-{at[:4]}", 2, faults, "checkpoint.grace_seconds=3")
         assert [ended.returncode for ended in finished] == [75, 75], finished[0].stderr
         assert lab.complete(f"long-save-{at[:4]}") == reference()
