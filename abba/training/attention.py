@@ -22,7 +22,7 @@ BY_ROW = "sdpa_by_row"
 
 # Architectures that are a decoder, lm_head, and a cap on the logits where config.final_logit_softcapping is set. Rows
 # on one line of such a decoder see each other through nothing but attention, which knows their borders.
-PLAIN = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
+PLAIN_ARCHITECTURES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 def line_tokens(attention: str, max_length: int) -> float:
@@ -40,9 +40,9 @@ def refuse_packing(model_type: str) -> None:
     Raises:
         RecipeError: an architecture whose rows could see each other.
     """
-    if model_type not in PLAIN:
+    if model_type not in PLAIN_ARCHITECTURES:
         raise RecipeError(
-            f"data.packing: rows on one line are known to stay apart in {', '.join(PLAIN)} only, not in "
+            f"data.packing: rows on one line are known to stay apart in {', '.join(PLAIN_ARCHITECTURES)} only, not in "
             f"{model_type}; set data.packing=false, and train.group_by_length=true to pad less"
         )
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from abba.sharded.engine import needs_no_weight_in_backward
-from abba.training.attention import PLAIN, borders_of
+from abba.training.attention import PLAIN_ARCHITECTURES, borders_of
 
 CHUNK = 512  # supervised tokens: with 128,256 words their fp32 logits take 263 MB
 
@@ -92,7 +92,7 @@ def return_losses(model: PreTrainedModel) -> str:
     Only the positions that predict a supervised token meet the head.
     """
     head = model.get_output_embeddings()
-    if model.config.model_type in PLAIN:
+    if model.config.model_type in PLAIN_ARCHITECTURES:
         assert type(head) is nn.Linear, "a head is never adapted"
         head.__class__ = LossHead
         model.forward = _fused(model, head)
@@ -101,7 +101,8 @@ def return_losses(model: PreTrainedModel) -> str:
         needs_no_weight_in_backward(head)
         return f"logits of {CHUNK} supervised tokens at a time"
     model.forward = _through_logits(model.forward)
-    return f"logits of all tokens at once: {model.config.model_type}'s head is not one of {', '.join(PLAIN)}"
+    known = ", ".join(PLAIN_ARCHITECTURES)
+    return f"logits of all tokens at once: {model.config.model_type}'s head is not one of {known}"
 
 
 def _fused(model: PreTrainedModel, head: LossHead) -> Callable[..., Tensor]:
