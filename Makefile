@@ -48,9 +48,9 @@ test-slurm: $(INSTALLED)
 
 # On a GPU: benchmarks/gpu.py, eight minutes.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/layer.py --repetitions 9
-	$(BIN)/python benchmarks/step.py --repetitions 3
-	$(BIN)/python benchmarks/step.py --repetitions 3 --name step_others --layers 1 --modes none --methods lora hira dora full abba
+	$(BIN)/python benchmarks/layer.py --seconds 7
+	$(BIN)/python benchmarks/step.py --seconds 10
+	$(BIN)/python benchmarks/step.py --seconds 10 --name step_others --layers 1 --modes none --methods lora hira dora full abba
 	$(BIN)/python benchmarks/load.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/packing.py --rows $(ROWS) --count 64

@@ -203,7 +203,8 @@ def layers(shape: dict[str, int], tokens: int, repetitions: int, most: dict[str,
     rows = []
     for out, into in dict.fromkeys(linears(shape)):
         moved = 2 * (tokens * (3 * into + 2 * out) + 2 * out * into)
-        of_shape = layer.compare((out, into), tokens, "bfloat16", [16], repetitions, ["frozen", "lora", "textbook"])
+        methods = ["frozen", "lora", "textbook"]
+        of_shape = layer.compare((out, into), tokens, "bfloat16", [16], methods, repetitions, enough=40)
         for row in of_shape:
             rank = {"frozen": 0, "lora": 32}.get(row["method"], 256)
             flop_done, seconds = tokens * (4 * out * into + 6 * rank * (out + into)), row["ms"] / 1000

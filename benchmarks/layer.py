@@ -42,7 +42,13 @@ def flop_share(out_features: int, in_features: int, rank: int) -> float:
 
 
 def compare(
-    shape: tuple[int, int], tokens: int, dtype: str, ranks: list[int], repetitions: int, methods: list[str]
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: str,
+    ranks: list[int],
+    methods: list[str],
+    repetitions: int,
+    enough: float,
 ) -> list[dict[str, Any]]:
     out_features, in_features = shape
     x_TI = torch.randn(tokens, in_features, dtype=DTYPES[dtype], device=device()).requires_grad_()
@@ -53,7 +59,7 @@ def compare(
     # A GPU that is waited for has to be started again, which would count against small layers: ten times at once there.
     times = 10 if torch.cuda.is_available() else 1
     cases = {key: partial(forward_backward, module, x_TI, dy_TO, times) for key, module in modules.items()}
-    seconds = in_turns(cases, repetitions, enough=0.8 * repetitions)
+    seconds = in_turns(cases, repetitions, enough=enough)
     seconds = {key: [value / times for value in found] for key, found in seconds.items()}
     rows = []
     for (name, rank), module in modules.items():
@@ -83,7 +89,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="bfloat16, if it is fast here, and float32")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16, 32], help="r1 = r2 of ours")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--repetitions", type=int, default=15, help="fewer of what is slow")
+    parser.add_argument("--repetitions", type=int, default=60)
+    parser.add_argument("--seconds", type=float, default=12, help="of a method in all: what is slow is repeated less")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="layer")
     arguments = parser.parse_args()
@@ -96,7 +103,8 @@ def main() -> None:
         for dtype in arguments.dtypes:
             for tokens in arguments.tokens:
                 shape, methods = (out_features, in_features), ["frozen", *dict.fromkeys(arguments.methods)]
-                rows += compare(shape, tokens, dtype, arguments.ranks, arguments.repetitions, methods)
+                often = (arguments.repetitions, arguments.seconds)
+                rows += compare(shape, tokens, dtype, arguments.ranks, methods, *often)
     settings = {key: str(value) for key, value in arguments._get_kwargs()}
     write(arguments.name, " ".join(["python", *sys.argv]), settings, rows, arguments.output)
 

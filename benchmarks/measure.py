@@ -59,18 +59,21 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of every repetition of every case. A round runs each once, so that a busy machine is busy for all.
 
-    A case that has taken `enough` seconds, and twice, is not measured again: slow ones are far from any limit.
+    A case that would take more than `enough` seconds sits out rounds, evenly over the run and not its last ones: a
+    machine changes its speed meanwhile. It is measured twice at least.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(warmup + repetitions):
+    for turn in range(-warmup, repetitions):
         for name, case in cases.items():
-            if sum(seconds[name]) > enough and len(seconds[name]) >= 2:
+            share = enough * max(turn, 0) / repetitions
+            last_chance = turn == repetitions - 1 and len(seconds[name]) < 2
+            if sum(seconds[name]) > share and not last_chance:
                 continue
             _wait()
             started = time.perf_counter()
             case()
             _wait()
-            if turn >= warmup:
+            if turn >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 

@@ -100,11 +100,19 @@ def counted_ratio(shape: dict[str, int], tokens: int, mode: str) -> float:
 
 
 def compare(
-    methods: list[str], mode: str, layers: int, batch: int, tokens: int, dtype: str, repetitions: int, shape: dict
+    methods: list[str],
+    mode: str,
+    layers: int,
+    batch: int,
+    tokens: int,
+    dtype: str,
+    shape: dict,
+    repetitions: int,
+    enough: float,
 ) -> list[dict[str, Any]]:
     build = partial(decoder, mode=mode, layers=layers, dtype=DTYPES[dtype], shape=shape)
     steps = {name: decoder_step(build(name), batch, tokens, shape["hidden_size"], DTYPES[dtype]) for name in methods}
-    seconds = in_turns(steps, repetitions)
+    seconds = in_turns(steps, repetitions, enough=enough)
     rate = {name: batch * tokens / median(seconds[name]) for name in methods}
     rows = []
     for name in methods:
@@ -127,7 +135,8 @@ def main() -> None:
     modes = ("none", "selective", "non_reentrant", "reentrant")
     parser.add_argument("--modes", nargs="+", choices=modes, default=["none", "selective", "reentrant"])
     parser.add_argument("--methods", nargs="+", choices=STEP_METHODS, default=["lora", "loha", "abba"])
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=60, help="of a method in all: what is slow is repeated less")
     parser.add_argument("--width", type=int, default=1, help="divide the widths by this; for a quick look")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="step")
@@ -146,8 +155,9 @@ def main() -> None:
             arguments.batch,
             arguments.tokens,
             dtype,
-            arguments.repetitions,
             shape,
+            arguments.repetitions,
+            arguments.seconds,
         )
     settings = {key: str(value) for key, value in arguments._get_kwargs()}
     write(arguments.name, " ".join(["python", *sys.argv]), settings, rows, arguments.output)

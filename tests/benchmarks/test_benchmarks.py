@@ -1,5 +1,6 @@
 """Every benchmark runs, at toy size, and writes what it promises; times on a busy machine are not looked at."""
 
+import itertools
 import json
 
 import pytest
@@ -42,6 +43,30 @@ def run(tmp_path, program, arguments):
     table = (tmp_path / f"{program}.md").read_text()
     assert table.count("\n|") == len(record["rows"]) + 2
     return record["rows"]
+
+
+def test_what_is_slow_sits_out_rounds_over_the_whole_run(monkeypatch):
+    """A machine that changes its speed does so for all: the fast may not be measured last and alone."""
+    monkeypatch.syspath_prepend(warm.ROOT / "benchmarks")
+    import measure
+
+    now, order = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def case(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += seconds
+
+        return run
+
+    cases = {name: case(name, seconds) for name, seconds in {"fast": 0.1, "slow": 1.0, "very slow": 30.0}.items()}
+    found = measure.in_turns(cases, repetitions=60, warmup=1, enough=12)
+    assert {name: len(values) for name, values in found.items()} == {"fast": 60, "slow": 12, "very slow": 2}
+    turns = [order[: index + 1].count("fast") for index, name in enumerate(order) if name == "slow"]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(turns[1:])]
+    assert set(gaps) <= {5, 6}, "evenly"
+    assert order[-1] == "very slow" and set(found["slow"]) == {1.0}
 
 
 def test_layer(tmp_path):
