@@ -44,6 +44,7 @@ def run(
     # Imported here because it takes seconds: a mistake in the recipe is shown at once, by every launcher.
     import torch.distributed as dist
 
+    from abba.adapter.baseline import require_peft
     from abba.base_model import DTYPES, choose_attention, choose_dtype, load_config
     from abba.checkpoint.format import step_directory
     from abba.sharded.engine import engine_config
@@ -60,6 +61,7 @@ def run(
     recipe = recipe.with_dtype(chosen)
     if note:
         say(f"model: {note}")
+    require_peft(recipe.adapter.config())
     settings = recipe.train
     micro_batch = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)

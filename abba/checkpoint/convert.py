@@ -14,8 +14,9 @@ from abba.adapter.directory import FULL, MERGED, AdapterDescription, forms_of, r
 from abba.adapter.files import AdapterSummary, write_adapter
 from abba.adapter.full import write_full
 from abba.adapter.merge import write_merged
-from abba.checkpoint.source import CHECKPOINTS, FactorSource, open_checkpoint
+from abba.checkpoint.source import FactorSource, open_checkpoint
 from abba.errors import ArgumentError, CheckpointError
+from abba.layout import CHECKPOINTS
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from abba.adapter.initialize import Factors
 from abba.checkpoint.deepspeed_files import DeepSpeedCheckpoint, is_deepspeed_checkpoint
 from abba.checkpoint.format import MANIFEST, MASTER, ShardReader, newest_valid, read_state, verify
 from abba.errors import ArgumentError, CheckpointError
+from abba.layout import CHECKPOINTS, EVALUATION, SCORES
 from abba.storage import is_there, read_json
-
-CHECKPOINTS, SCORES = "checkpoints", Path("evaluation") / "scores.json"  # in a run's directory
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class FactorSource:
 
     def scores(self) -> dict[str, Any] | None:
         """What the run has scored, if it was the adapter of this step."""
-        path = self.run / SCORES if self.run else None
+        path = self.run / EVALUATION / SCORES if self.run else None
         if path is None or not path.is_file():
             return None
         scores = read_json(path)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from abba.errors import CheckpointError, RankLostError, first_line
+from abba.layout import GENERATIONS, SCORES
 from abba.prepared import replacing
 from abba.sharded.ranks import Ranks
 from abba.storage import make_directory, read_json, write_json
@@ -92,7 +93,7 @@ class Kept:
         """What was discarded, and why; or None."""
         discarded, path = None, self.directory / "settings.json"
         if path.is_file() and (changes := _changes(read_json(path), settings)):
-            finished = (self.output / "scores.json").is_file()
+            finished = (self.output / SCORES).is_file()
             if not (finished or replace):
                 raise CheckpointError(
                     f"{self.output}: holds unfinished generations with other settings: {changes}; set it back, choose "
@@ -102,7 +103,7 @@ class Kept:
             discarded = f"{self.output}: earlier generations are discarded: {changes}"
         try:
             self.directory.mkdir(exist_ok=True)
-            for name in ("scores.json", "generations.jsonl"):  # until they are written anew
+            for name in (SCORES, GENERATIONS):  # until they are written anew
                 (self.output / name).unlink(missing_ok=True)
             if not path.is_file():
                 with replacing(path) as temporary:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from abba.errors import CheckpointError
+from abba.layout import GENERATIONS, SCORES
 from abba.prepared import remove_leftovers, replacing
 from abba.storage import write_json
-
-GENERATIONS, SCORES = "generations.jsonl", "scores.json"
 
 
 def write_result(output: Path, records: list[dict[str, Any]], scores: dict[str, Any]) -> None:

@@ -20,9 +20,10 @@ from abba.base_files import BaseFiles
 from abba.base_model import find_base
 from abba.checkpoint.convert import convert
 from abba.checkpoint.format import MANIFEST, list_checkpoints, read_state
-from abba.checkpoint.source import CHECKPOINTS, find_checkpoint
+from abba.checkpoint.source import find_checkpoint
 from abba.errors import ArgumentError, CheckpointError
 from abba.evaluation.trained_base import trained_base
+from abba.layout import ADAPTER, CHECKPOINTS
 from abba.storage import hash_file
 from abba.text.prompt import DEFAULT_PROMPT
 
@@ -116,8 +117,8 @@ def _standalone(given: Path, destination: Path, say: Callable[[str], None]) -> P
     if (given / ABBA_CONFIG).is_file():
         return given
     is_run = (given / CHECKPOINTS).is_dir()
-    if is_run and not list_checkpoints(given / CHECKPOINTS) and (given / "adapter" / ABBA_CONFIG).is_file():
-        return given / "adapter"
+    if is_run and not list_checkpoints(given / CHECKPOINTS) and (given / ADAPTER / ABBA_CONFIG).is_file():
+        return given / ADAPTER
     if not is_run and not (given / MANIFEST).is_file():
         if given.is_dir():
             list(given.iterdir())  # permission is asked here

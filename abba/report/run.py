@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from abba.errors import CheckpointError
+from abba.layout import GENERATIONS, METRICS, RECIPE, SCORES
 from abba.parsing import MAX_JSON_BYTES, parse_json
 from abba.storage import open_regular, read_json
 
@@ -54,12 +55,12 @@ def read_run(path: Path, samples: int) -> Run:
     """
     if not _is_directory(path):
         raise CheckpointError(f"{path}: is no directory that can be read; give the output_dir of a run")
-    records, warnings = _metrics(path / "metrics.jsonl")
+    records, warnings = _metrics(path / METRICS)
     if not any("loss" in record for record in records):
-        raise CheckpointError(f"{path / 'metrics.jsonl'}: holds no step yet; wait for the run's first steps")
-    with os.fdopen(open_regular(path / "recipe.yaml"), "rb") as file:
+        raise CheckpointError(f"{path / METRICS}: holds no step yet; wait for the run's first steps")
+    with os.fdopen(open_regular(path / RECIPE), "rb") as file:
         recipe = file.read(MAX_JSON_BYTES).decode(errors="replace")
-    scores = [_score(found.parent, path, samples) for found in sorted(path.glob("*/scores.json"))]
+    scores = [_score(found.parent, path, samples) for found in sorted(path.glob(f"*/{SCORES}"))]
     return Run(str(path), records, recipe, scores, warnings)
 
 
@@ -77,10 +78,10 @@ def _metrics(path: Path) -> tuple[list[Record], list[str]]:
 
 
 def _score(directory: Path, run: Path, samples: int) -> Score:
-    values = read_json(directory / "scores.json")
+    values = read_json(directory / SCORES)
     if not isinstance(values, dict):
-        raise CheckpointError(f"{directory / 'scores.json'}: is no JSON object; score again")
-    path, kept = directory / "generations.jsonl", []
+        raise CheckpointError(f"{directory / SCORES}: is no JSON object; score again")
+    path, kept = directory / GENERATIONS, []
     if samples and path.exists():
         for number, line in enumerate(_lines(path), 1):
             kept.append(_parsed(line, path, number))

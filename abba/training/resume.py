@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from abba import __version__
-from abba.adapter.baseline import PEFT_MISSING
 from abba.adapter.config import BASELINES
 from abba.adapter.directory import read_description
 from abba.adapter.initialize import seed_for
 from abba.base_model import load_tokenizer
 from abba.checkpoint.format import MANIFEST, CheckpointState, list_checkpoints, read_state
 from abba.errors import CheckpointError, RecipeError
+from abba.layout import CHECKPOINTS
 from abba.sharded.checkpoint import newest_valid_together, restore_random_state
 from abba.sharded.ranks import Ranks
 from abba.sharded.together import agree, share
@@ -64,17 +64,8 @@ def fingerprint(recipe: Mapping[str, Any], tokens: str, base: Path) -> dict[str,
         "adapter": {key: value for key, value in recipe["adapter"].items() if key != "cache_factors"},
         "model": {**model, "config": config},
         # Our own by itself: a checkout may run without having been installed, as in a container.
-        "software": {"abba-recipes": __version__} | {name: _version(name, method) for name in software},
+        "software": {"abba-recipes": __version__} | {name: importlib.metadata.version(name) for name in software},
     }
-
-
-def _version(name: str, method: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        if name != "peft":
-            raise
-        raise RecipeError(f"adapter.method: {method}: {PEFT_MISSING}") from None
 
 
 def refuse_no_start(base: str, init_from: str | None, resume: str, directory: RunDirectory) -> None:
@@ -225,7 +216,7 @@ def _listed(resume: str, root: Path) -> list[Path]:
     own = list_checkpoints(root)
     if own or resume == "auto":
         return own
-    found = [path] if (path / MANIFEST).is_file() else list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    found = [path] if (path / MANIFEST).is_file() else list_checkpoints(path / CHECKPOINTS) or list_checkpoints(path)
     if not found:
         raise CheckpointError(
             f"checkpoint.resume: {path} is neither a checkpoint nor a run that has one; "

@@ -1,16 +1,4 @@
-"""The directory of a run.
-
-runs/NAME/
-    recipe.yaml        as resolved
-    metrics.jsonl      one line per optimizer step, one per save
-    checkpoints/       step-000100/ and so on
-    adapter/           the result, in PEFT's LoHa form or another method's own
-    model/             the result of full fine-tuning, in its place
-    evaluation/        its score, where the recipe asks; score/ where slurm/convert_evaluate.sh does
-    begun.json         the batch job that has begun it, if it was one
-    .next-of-JOB       the SLURM job that follows JOB
-    lock.json, starts.json, failures/    of a run that is alive, or did not end well
-"""
+"""The directory of a run: who may use it, and what an earlier start has left there."""
 
 import json
 import os
@@ -20,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from abba import layout
 from abba.adapter.files import refuse_occupied
 from abba.checkpoint.format import list_checkpoints, remove_checkpoints, remove_leftovers
 from abba.errors import CheckpointError, DataError, NoProgressError, PreemptedError, RecipeError
@@ -34,18 +23,18 @@ LEFT_BY_KILLED = (".adapter.tmp-*", ".model.tmp-*", ".lock.json.*", ".write-test
 
 
 class RunDirectory:
-    """Names inside a run's directory."""
+    """Paths inside a run's directory, as abba/layout.py says, and the right to write there."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.recipe = self.path / "recipe.yaml"
-        self.metrics = self.path / "metrics.jsonl"
-        self.checkpoints = self.path / "checkpoints"
-        self.adapter = self.path / "adapter"
-        self.model = self.path / "model"
-        self.evaluation = self.path / "evaluation"
+        self.recipe = self.path / layout.RECIPE
+        self.metrics = self.path / layout.METRICS
+        self.checkpoints = self.path / layout.CHECKPOINTS
+        self.adapter = self.path / layout.ADAPTER
+        self.model = self.path / layout.MODEL
+        self.evaluation = self.path / layout.EVALUATION
         self.failures = self.path / "failures"
-        self._results = (self.adapter, self.model, self.evaluation, self.path / "score")
+        self._results = (self.adapter, self.model, self.evaluation, self.path / layout.LATER_EVALUATION)
         self._begun = self.path / "begun.json"
         self._starts = self.path / "starts.json"
         self._lock: RunLock | None = None
