@@ -229,6 +229,21 @@ def test_a_reader_that_stops_reading_is_no_mistake(program):
     assert "Error" not in ended.stderr, ended.stderr
 
 
+def test_a_method_of_pefts_without_peft(tmp_path):
+    """In a process that starts cold: the warm one has peft."""
+    (tmp_path / "sitecustomize.py").write_text('import sys\n\nsys.modules["peft"] = None\n')
+    lora = ["adapter.method=lora", "adapter.r1=", "adapter.r2=", "adapter.alpha="]
+    result = subprocess.run(
+        [sys.executable, *TRAIN, *lora, f"output_dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    check(result, 64, "recipe: adapter.method: lora: needs peft, which is not installed: pip install")
+    assert "data:" not in result.stdout, "said before anything is read"
+
+
 @pytest.mark.parametrize("program", ["train", "prepare", "convert", "evaluate", "generate"])
 def test_help_shows_examples(run, program):
     result = run(f"launch/{program}.py", "--help")
