@@ -16,6 +16,7 @@ tensor by tensor, and only --verify with --base loads it, to compare logits.
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from common import argument_parser, run_program
@@ -91,12 +92,14 @@ def convert(arguments: argparse.Namespace) -> None:
         if whole and arguments.any_base:
             source = replace(source, base_model=arguments.base)  # what the result is made of, for its card
         form = Form(arguments.format, arguments.rank, dtype, base if whole else None)
-        description, summary = convert_source(source, arguments.destination, form, arguments.force)
+        found: list[str] = []
+        check = partial(verify, source, arguments.dtype, base, found.append) if arguments.verify else None
+        description, summary = convert_source(source, arguments.destination, form, arguments.force, check)
         size = f"{summary.tensors} tensors, {summary.bytes:,} bytes, re-opened"
         print(f"{source.directory} -> {arguments.destination}: {size}")
         tell_what_was_lost(description, summary)
-        if arguments.verify:
-            verify(source, arguments, description, summary, base)
+        for line in found:
+            print(line)
 
 
 def refuse_senseless(arguments: argparse.Namespace, whole: bool, names_base: bool) -> None:
@@ -122,37 +125,42 @@ def tell_what_was_lost(description, summary) -> None:
         )
 
 
-def verify(source, arguments: argparse.Namespace, description, summary, base: Path | None) -> None:
+def verify(source, dtype: str | None, base: Path | None, say, result: Path, description, summary) -> None:
+    """Look at a result before it gets its name, and replaces what has it.
+
+    Raises:
+        CheckpointError: it is not the trained function, or changes nothing.
+    """
     from abba.adapter.export import why_nothing_changes
     from abba.adapter.files import verify_adapter
     from abba.adapter.model_files import verify_model
     from abba.evaluation.parity import merged_difference, peft_difference
 
-    destination, merged = arguments.destination, description.format == "merged"
+    merged = description.format == "merged"
     whole = description.format in WHOLE
-    (verify_model if whole else verify_adapter)(destination)
+    (verify_model if whole else verify_adapter)(result)
     if summary.changes_nothing:
         why = why_nothing_changes(description)
-        raise CheckpointError(f"{destination}: {why}, so it changes nothing; was the learning rate 0?")
+        raise CheckpointError(f"{source.directory}: {why}, so it changes nothing; was the learning rate 0?")
     found = f"verified: {len(description.modules)} targets, all tensors of their shapes and finite"
     if description.format == "full":
-        print(f"verified: {summary.tensors} tensors, of their shapes and finite")
+        say(f"verified: {summary.tensors} tensors, of their shapes and finite")
         return
     if base is None:
-        print(f"{found}; logits are not compared without --base")
+        say(f"{found}; logits are not compared without --base")
         return
     if description.rank is not None:
-        print(f"{found}; logits are not compared: at rank {description.rank} it is another function, see what it keeps")
+        say(f"{found}; logits are not compared: at rank {description.rank} it is another function, see what it keeps")
         return
     compare = merged_difference if merged else peft_difference
-    difference, largest = compare(base, destination, source.all_factors())
-    rounded = summary.rounding > 0 if merged else arguments.dtype == "bfloat16"
+    difference, largest = compare(base, result, source.all_factors())
+    rounded = summary.rounding > 0 if merged else dtype == "bfloat16"
     limit = TOLERANCE["bfloat16" if rounded else "float32"] * max(1.0, largest)
     who = "the merged model's" if merged else "stock PEFT's"
     line = f"{who} logits differ from the native ones by at most {difference:.1e} (largest {largest:.1f})"
     if not difference <= limit:
-        raise CheckpointError(f"{destination}: {line}, above {limit:.1e}; is --base its base? DST is kept")
-    print(f"{found}; {line}")
+        raise CheckpointError(f"{source.directory}: {line}, above {limit:.1e}; is --base its base?")
+    say(f"{found}; {line}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import argument_parser, positive, run_program
+from common import argument_parser, end_with_reader, positive, run_program
 
 from abba.errors import DataError
 
@@ -34,6 +34,7 @@ def main() -> int:
         help="auto: bfloat16, where the processor can",
     )
     arguments = parser.parse_args()
+    end_with_reader()
     return run_program(lambda: answer(arguments))
 
 

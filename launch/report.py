@@ -39,7 +39,7 @@ def write_report(paths: list[Path], output: Path, samples: int) -> Path:
             print(f"warning: {warning}", file=sys.stderr)
     try:
         with replacing(output) as temporary:
-            temporary.write_text(page(runs))
+            temporary.write_text(page(runs), encoding="utf-8", errors="replace")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{output}: cannot be written: {reason}; choose another --output") from error

@@ -79,6 +79,8 @@ def _how_to_load(description: AdapterDescription) -> str:
             'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")\n```'
         )
     base = json.dumps(description.base_model or "THE_BASE_MODEL")
+    if description.base_revision is not None:
+        base += f", revision={json.dumps(description.base_revision)}"
     text = (
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({base})\n"

@@ -54,6 +54,12 @@ class AdapterDescription:
     def lora_rank(self) -> int:
         return self.rank or self.config.lora_rank
 
+    @property
+    def base_revision(self) -> str | None:
+        """The one that the training's recipe pinned, of the base that it names."""
+        model = ((self.provenance or {}).get("recipe") or {}).get("model") or {}
+        return model.get("revision") if model.get("name_or_path") == self.base_model else None
+
 
 def write_description(directory: Path, description: AdapterDescription) -> None:
     write_json(
@@ -84,6 +90,8 @@ def read_description(directory: Path) -> AdapterDescription:
         rank, kept = raw.get("rank"), raw.get("kept_energy")
         if raw["format"] not in forms_of(config):
             raise ValueError(f"{config.method} in {raw['format']} form")
+        if not isinstance(raw["base_model"], str | None):
+            raise ValueError(f"base_model {raw['base_model']!r}")
         if rank is not None and not (isinstance(config, AdapterConfig) and 1 <= rank <= config.lora_rank):
             raise ValueError(f"rank {rank}")
         return AdapterDescription(
@@ -117,8 +125,11 @@ def forms_of(config: MethodConfig) -> tuple[str, ...]:
 def refuse_occupied(directory: Path, overwrite: bool) -> None:
     """
     Raises:
-        CheckpointError: `directory` holds what is no adapter, or is not to be replaced, or cannot be read.
+        CheckpointError: `directory` holds what is no adapter, or is not to be replaced, or cannot be read; or it is a
+            mount point, which cannot be renamed.
     """
+    if os.path.ismount(directory):
+        raise CheckpointError(f"adapter directory {directory}: is a mount point; name a directory inside it")
     try:
         if not is_there(directory) or (directory.is_dir() and not any(directory.iterdir())):
             return
@@ -133,13 +144,16 @@ def refuse_occupied(directory: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def written_whole(directory: Path) -> Iterator[Path]:
+def written_whole(directory: Path, overwrite: bool) -> Iterator[Path]:
     """A directory beside `directory` to write into; it takes that name if the block succeeds and is deleted if not.
 
     What killed processes left of such directories, each perhaps as large as a model, is deleted first.
 
+    Args:
+        overwrite: replace an adapter or a model that is there by then.
+
     Raises:
-        CheckpointError: something cannot be written.
+        CheckpointError: something cannot be written, or see `refuse_occupied`.
     """
     directory = directory.resolve()
     make_directory(directory.parent, "adapter directory")
@@ -149,6 +163,7 @@ def written_whole(directory: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        refuse_occupied(directory, overwrite)  # it may have come meanwhile
         publish_directory(temporary, directory)
     except OSError as error:
         raise CheckpointError(f"adapter directory {directory}: cannot be written: {error.strerror}") from error

@@ -95,6 +95,8 @@ def peft_config(description: AdapterDescription) -> dict:
         "inference_mode": True,
         "target_modules": _peft_targets(config, list(description.modules)),
     }
+    if description.base_revision is not None:
+        common["revision"] = description.base_revision
     if isinstance(config, BaselineConfig):
         return {**config.peft_options, **common}
     if description.format == "loha":

@@ -74,13 +74,13 @@ def write_adapter(
     refuse_occupied(directory, overwrite)
     layout = {key: Spec(shape, dtype) for key, shape in _shapes(description)}
     energies: dict[str, tuple[float, float]] = {}
-    with written_whole(directory) as temporary:
+    with written_whole(directory, overwrite) as temporary:
         write_safetensors(temporary / WEIGHTS, layout, _tensors(description, load, dtype, energies), {"format": "pt"})
         kept = _kept_energy(energies) if energies else None
         description = replace(description, dtype=str(dtype).removeprefix("torch."), kept_energy=kept)
         write_json(temporary / PEFT_CONFIG, export.peft_config(description))
         write_description(temporary, description)
-        (temporary / CARD).write_text(model_card(description, scores))
+        (temporary / CARD).write_text(model_card(description, scores), encoding="utf-8")
         return replace(verify_adapter(temporary), kept_energy=kept)
 
 
@@ -93,7 +93,7 @@ def rewrite_card(directory: Path, scores: Mapping[str, Any]) -> None:
     card = model_card(read_description(directory), scores)
     try:
         with replacing(directory / CARD) as temporary:
-            temporary.write_text(card)
+            temporary.write_text(card, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{directory / CARD}: cannot be written: {error.strerror}") from error
 
@@ -118,7 +118,8 @@ def _verified(directory: Path, description: AdapterDescription) -> AdapterSummar
         raise CheckpointError(f"{directory / PEFT_CONFIG}: is no PEFT configuration")
     base = peft.get("base_model_name_or_path")  # whoever moves the base says so there
     expected_config = export.peft_config(replace(description, base_model=base))
-    wrong = sorted(key for key in peft.keys() | expected_config.keys() if peft.get(key) != expected_config.get(key))
+    keys = (peft.keys() | expected_config.keys()) - {"revision"}  # of that base
+    wrong = sorted(key for key in keys if peft.get(key) != expected_config.get(key))
     if wrong:
         raise CheckpointError(
             f"{directory / PEFT_CONFIG}: {wrong[0]} is {peft.get(wrong[0])!r} "
@@ -185,7 +186,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, overwrite: bool
     modules = abba_modules(model)
     if not modules:
         raise CheckpointError("adapter: the model has no AbbaLinear; call abba.inject first")
-    config = next(iter(modules.values())).adapter_config
+    configs = [module.adapter_config for module in modules.values()]
+    config = configs[0]
+    if any(other != config for other in configs):
+        raise CheckpointError("adapter: its modules differ in r1, r2, alpha or targets; a saved one has one of each")
     base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     description = describe(model, config, "loha", base_model)
     return write_adapter(Path(directory), description, lambda name: modules[name].factors, overwrite=overwrite)

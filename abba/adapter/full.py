@@ -14,7 +14,8 @@ from abba.base_files import BaseFiles
 from abba.errors import CheckpointError
 from abba.storage import Spec
 
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")  # Llama's and others'
 
 
 def write_full(
@@ -52,15 +53,22 @@ def write_full(
             unchanged = unchanged and torch.equal(after, before)
             return after
 
-        return AdapterSummary(*bytes_of(write_model(directory, files, description, make, dtype, scores)), unchanged)
+        return AdapterSummary(
+            *bytes_of(write_model(directory, files, description, make, dtype, scores, overwrite)), unchanged
+        )
 
 
 def _places(files: BaseFiles, trained: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, str]:
     """Name in the files -> name of the trained tensor; that of a tied head is the embedding."""
     places = {key: key for key in files.names if key in trained}
-    embedding = next((name for name in trained if name.endswith(EMBEDDING)), None)
-    if HEAD in files.names - trained.keys() and config.get("tie_word_embeddings", True) and embedding:
-        places[HEAD] = embedding
+    if HEAD in files.names - trained.keys() and config.get("tie_word_embeddings", True):
+        embeddings = [name for name in trained if name.endswith(EMBEDDINGS)]
+        if len(embeddings) != 1:
+            raise CheckpointError(
+                f"{files.directory}: holds {HEAD}, which was not trained, and it cannot be told to which tensor it is "
+                "tied; take it out of the base's files"
+            )
+        places[HEAD] = embeddings[0]
     for name in trained.keys() - places.values():
         raise CheckpointError(f"{files.directory}: has no {name}, which was trained; give its own base")
     for key, name in places.items():

@@ -9,7 +9,7 @@ from torch import nn
 
 from abba.adapter.config import AdapterConfig, BaselineConfig
 from abba.adapter.initialize import Factors, check_ranks, initial_factors, seed_for
-from abba.adapter.linear import AbbaLinear
+from abba.adapter.linear import AbbaLinear, abba_modules
 from abba.errors import CheckpointError, RecipeError
 
 
@@ -88,9 +88,12 @@ def inject(
         factors: by module name, instead of an SVD of each weight: from a saved adapter, or for sharded weights.
 
     Raises:
-        RecipeError: see `find_targets`; or `factors` are not those of exactly the target modules.
+        RecipeError: see `find_targets`; `factors` are not those of exactly the target modules; or the model has an
+            adapter already, which would be frozen.
         CheckpointError: factors have other shapes than their module needs, or cannot train.
     """
+    if abba_modules(model):
+        raise RecipeError("adapter: this model has one already; name all target_modules at once, in a model without")
     targets = find_targets(model, config)
     if factors is not None and factors.keys() != targets.keys():
         different = sorted(factors.keys() ^ targets.keys())

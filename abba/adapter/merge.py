@@ -64,7 +64,7 @@ def write_merged(
         _check_targets(files, description, read_config(base))
         merge = _Merge(files, description, load)
         described = replace(description, format=MERGED)
-        return merge.summary(write_model(directory, files, described, merge.tensor, dtype, scores))
+        return merge.summary(write_model(directory, files, described, merge.tensor, dtype, scores, overwrite))
 
 
 class _Merge:
@@ -104,7 +104,7 @@ class _Merge:
 
 
 def _check_targets(files: BaseFiles, description: AdapterDescription, config: Mapping[str, Any]) -> None:
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise CheckpointError(f"{files.directory}: is quantised; merge into the base that it was made from")
     tied = config.get("tie_word_embeddings", True)  # a family's own default may be true
     for name, shape in description.modules.items():

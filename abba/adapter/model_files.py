@@ -25,6 +25,7 @@ from abba.adapter.directory import (
 from abba.adapter.files import opened
 from abba.base_files import INDEX, SINGLE_FILE, BaseFiles
 from abba.errors import CheckpointError
+from abba.names import inside
 from abba.storage import Spec, read_json, write_json, write_safetensors
 
 CONFIG = "config.json"
@@ -65,12 +66,14 @@ def write_model(
     make: Callable[[str, Spec], Tensor],
     dtype: torch.dtype | None,
     scores: Mapping[str, Any] | None,
+    overwrite: bool,
 ) -> Layouts:
     """Write a model with the base's files, configuration and tokenizer, re-open and check it, then give it its name.
 
     Args:
         make: a tensor by its name, as its Spec says.
         dtype: what every floating-point tensor is stored as; None keeps the dtype of each.
+        overwrite: replace a directory that stands there already.
 
     Raises:
         CheckpointError: `directory` cannot be written, or the result is not finite. Nothing is left behind then.
@@ -80,7 +83,7 @@ def write_model(
         name: {key: Spec(stored.shape, _stored_dtype(stored.dtype, dtype)) for key, stored in file.tensors.items()}
         for name, file in base.files.items()
     }
-    with written_whole(directory) as temporary:
+    with written_whole(directory, overwrite) as temporary:
         for name, layout in layouts.items():
             metadata = {"format": "pt", **base.files[name].metadata}  # transformers asks for the format
             tensors = (make(key, spec) for key, spec in layout.items())
@@ -92,7 +95,7 @@ def write_model(
         _copy_companions(base.directory, temporary)
         description = replace(description, dtype=dtype_name)
         write_description(temporary, description)
-        (temporary / CARD).write_text(model_card(description, scores))
+        (temporary / CARD).write_text(model_card(description, scores), encoding="utf-8")
         verify_model(temporary, layouts)
     return layouts
 
@@ -186,6 +189,7 @@ def _index(layouts: Layouts) -> dict[str, Any]:
 
 def _copy_companions(base: Path, target: Path) -> None:
     for source in sorted(path for pattern in COMPANIONS for path in base.glob(pattern) if path.is_file()):
+        inside(base, source)  # or a link in what was downloaded would put a file of yours into the result
         copy = target / source.relative_to(base)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, copy)

@@ -4,13 +4,14 @@ Needs neither torch.distributed nor deepspeed; the base model is needed for a wh
 fine-tuning), and then as files.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from abba.adapter.config import AdapterConfig, MethodConfig
-from abba.adapter.directory import FULL, MERGED, AdapterDescription, forms_of, refuse_occupied
+from abba.adapter.directory import FULL, MERGED, AdapterDescription, forms_of, refuse_occupied, written_whole
 from abba.adapter.files import AdapterSummary, write_adapter
 from abba.adapter.full import write_full
 from abba.adapter.merge import write_merged
@@ -48,9 +49,16 @@ def convert(
 
 
 def convert_source(
-    source: FactorSource, destination: Path, form: Form, overwrite: bool = False
+    source: FactorSource,
+    destination: Path,
+    form: Form,
+    overwrite: bool = False,
+    check: Callable[[Path, AdapterDescription, AdapterSummary], None] | None = None,
 ) -> tuple[AdapterDescription, AdapterSummary]:
     """Write an opened checkpoint in `form`, and re-open it.
+
+    Args:
+        check: looks at the finished directory before it takes the name `destination`; what it raises prevents that.
 
     Raises:
         ArgumentError: a form or a rank that the adapter cannot have, or no base where a whole model is wanted.
@@ -71,16 +79,25 @@ def convert_source(
         form.rank,
         provenance=source.provenance,
     )
+    if check is None:
+        return description, _write(source, destination, form, description, overwrite)
+    with written_whole(destination, overwrite) as result:
+        summary = _write(source, result, form, description, overwrite)
+        check(result, description, summary)
+    return description, summary
+
+
+def _write(
+    source: FactorSource, destination: Path, form: Form, description: AdapterDescription, overwrite: bool
+) -> AdapterSummary:
     scores = source.scores()
     if form.format == MERGED:
-        summary = write_merged(destination, form.base, description, source.factors, form.dtype, overwrite, scores)
-    elif description.format == FULL:
+        return write_merged(destination, form.base, description, source.factors, form.dtype, overwrite, scores)
+    if description.format == FULL:
         trained = (source.tensors, source.read)
-        summary = write_full(destination, form.base, description, *trained, form.dtype, overwrite, scores)
-    else:
-        dtype = form.dtype or torch.float32
-        summary = write_adapter(destination, description, source.factors, dtype, overwrite, scores)
-    return description, summary
+        return write_full(destination, form.base, description, *trained, form.dtype, overwrite, scores)
+    dtype = form.dtype or torch.float32
+    return write_adapter(destination, description, source.factors, dtype, overwrite, scores)
 
 
 def _refuse_form(config: MethodConfig, form: Form) -> None:

@@ -5,6 +5,8 @@ transformers' sandbox, which lets it write text and nothing else; it could still
 """
 
 import hashlib
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -13,8 +15,11 @@ from abba.errors import RecipeError, first_line
 from abba.text.prompt import CHAT
 
 Message = dict[str, str]
+Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, [start, stop) of each stretch that is learned
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 SPELLINGS = (("role", "content"), ("from", "value"))  # OpenAI's and ShareGPT's
+MEANT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # said beside the content
+SWITCHES = ("weight", "train")  # OpenAI's and axolotl's: whether a turn is to be learned
 # Some templates write the day into the system prompt; tokens must not depend on when they are made. Llama 3's own date.
 FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 
@@ -51,9 +56,10 @@ def _read_message(message: Any, field: str) -> Message:
         raise ValueError(f"{field} has the role {str(said)[:40]!r}, which is none of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"{field} has content that is {type(content).__name__}, not text")
-    lost = [key for key in ("tool_calls", "function_call") if message.get(key) is not None]
-    if lost or message.get("weight") not in (None, 1):  # OpenAI's: a turn of weight 0 is not to be learned
-        raise ValueError(f"{field} has a turn with {lost[0] if lost else 'a weight'}, which is not supported")
+    lost = [key for key in MEANT if message.get(key)]
+    lost += [f"{key}={message[key]}" for key in SWITCHES if message.get(key) not in (None, True)]  # 1 is True
+    if lost:
+        raise ValueError(f"{field} has a turn with {lost[0]}, which is not supported")
     if not content.strip() and role != "system":
         raise ValueError(f"{field} has an empty turn of the {role}")
     return {"role": role, "content": content.strip()}
@@ -112,25 +118,38 @@ class ChatTemplate:
             stop = self._end_of_turn(ids[: stop - 1])  # an EOS that Phi's template writes where all ends
         return {ids[stop - 1]} & self._special
 
-    def encode_conversation(self, messages: list[Message]) -> tuple[list[int], list[tuple[int, int]]]:
-        """(token ids, [start, stop) of what is learned): every turn of the assistant with its end, and nothing else.
+    def encode_conversations(self, conversations: list[list[Message]]) -> list[Encoded | ValueError]:
+        """Of each, token ids and what is learned: every turn of the assistant with its end, and nothing else.
 
         The template writes BOS where a conversation has one. A turn ends with the token that the template puts there,
         the last one with EOS in any case, because that is where generation stops.
 
         Args:
-            messages: as `read_conversation` returns them.
+            conversations: as `read_conversation` returns them; tokenised together, which takes all cores.
 
-        Raises:
-            ValueError: the template refuses them, or writes a turn otherwise when more follows.
+        Returns:
+            A ValueError in place of one that the template refuses, or of which it writes a turn otherwise when more
+            follows.
         """
+        rendered = [_tried(self._render_turns, messages) for messages in conversations]
+        texts = [text for found in rendered if isinstance(found, list) for text in found]
+        encoded = iter(self._encode(texts) if texts else [])
+        return [
+            _tried(self._learned, list(islice(encoded, len(found)))) if isinstance(found, list) else found
+            for found in rendered
+        ]
+
+    def _render_turns(self, messages: list[Message]) -> list[str]:
+        """The text up to each turn of the assistant, and that with it, in pairs; the last is the whole."""
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        texts = [
+        return [
             text
             for place in answers
             for text in (self._render(messages[:place], True), self._render(messages[: place + 1], False))
         ]
-        encoded = self._encode(texts)
+
+    def _learned(self, encoded: list[list[int]]) -> Encoded:
+        """Of the tokens of what `_render_turns` gives."""
         whole, learned = encoded[-1], []
         for before, after in zip(encoded[::2], encoded[1::2], strict=True):
             start, stop = len(before), self._end_of_turn(after)
@@ -175,3 +194,11 @@ class ChatTemplate:
         while stop and ids[stop - 1] not in self._special and not self._tokenizer.decode(ids[stop - 1 : stop]).strip():
             stop -= 1
         return stop if stop and ids[stop - 1] in self._special else len(ids)
+
+
+def _tried(function: Callable[[Any], Any], value: Any) -> Any:
+    """What it returns, or the ValueError that it raises."""
+    try:
+        return function(value)
+    except ValueError as error:
+        return error

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from abba.text.chat import ChatTemplate, Message
 from abba.text.encode import encode_prompt, encode_response, eos_id
 from abba.text.prompt import CHAT, DEFAULT_PROMPT, PROMPTS
 from abba.text.rows import BadRows, RowSource, usable_conversations, usable_rows
+
+AT_ONCE = 100  # conversations, of which each turn is a text
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,10 @@ def _of_conversations(
     conversations: Iterator[tuple[int, list[Message]]], tokenizer: Any, bad: BadRows
 ) -> Iterator[Example]:
     template = ChatTemplate(tokenizer)
-    for row, messages in conversations:
-        try:
-            yield Example(row, *template.encode_conversation(messages))
-        except ValueError as error:
-            bad.add(row, str(error))
+    while some := list(islice(conversations, AT_ONCE)):
+        found = template.encode_conversations([messages for _, messages in some])
+        for (row, _), encoded in zip(some, found, strict=True):
+            if isinstance(encoded, ValueError):
+                bad.add(row, str(encoded))
+            else:
+                yield Example(row, *encoded)

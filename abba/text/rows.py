@@ -9,6 +9,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,18 @@ class BadRows:
 
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
-        self.first = ""
+        self._first: tuple[int, str] | None = None
         self.unused_fields: list[str] = []
 
     def add(self, row: int, reason: str) -> None:
-        self.first = self.first or f"the first is row {row + 1}: {reason}"
+        if self._first is None or row < self._first[0]:  # they come in no order: some are found when tokenised
+            self._first = (row, reason)
         known = reason in self.reasons or len(self.reasons) < MAX_REASONS
         self.reasons[reason if known else OTHER_REASONS] += 1
+
+    @property
+    def first(self) -> str:
+        return f"the first is row {self._first[0] + 1}: {self._first[1]}" if self._first else ""
 
 
 def usable_rows(source: RowSource, bad: BadRows) -> Iterator[tuple[list[int], list[str], list[str]]]:
@@ -75,13 +81,15 @@ def usable_rows(source: RowSource, bad: BadRows) -> Iterator[tuple[list[int], li
     for first, rows in _chunks(source, wanted, bad):
         numbers, instructions, responses = [], [], []
         for row, (instruction, response, *inputs) in enumerate(rows, first):
+            extra = inputs[0] if inputs else None
             reason = _why_bad(wanted[:2], [instruction, response])
+            if extra is not None:  # a row may have none
+                reason = reason or _why_no_text(source.input_field, extra)
             if reason:
                 bad.add(row, reason)
                 continue
-            extra = inputs[0] if inputs and isinstance(inputs[0], str) and inputs[0].strip() else None
             numbers.append(row)
-            instructions.append(f"{instruction}\n{extra}" if extra else instruction)
+            instructions.append(f"{instruction}\n{extra}" if extra and extra.strip() else instruction)
             responses.append(response)
         if numbers:
             yield numbers, instructions, responses
@@ -104,6 +112,7 @@ def _chunks(source: RowSource, wanted: list[str], bad: BadRows) -> Iterator[tupl
     if missing:
         raise MissingFieldError(source, missing[0], dataset.column_names)
     bad.unused_fields = [field for field in dataset.column_names if field not in wanted]
+    dataset = dataset.select_columns(list(dict.fromkeys(wanted)))  # or the library would decode every picture too
     count = min(len(dataset), source.max_rows or len(dataset))
     for first in range(0, count, CHUNK):
         rows = range(first, min(first + CHUNK, count))
@@ -129,11 +138,17 @@ def _why_bad(fields: list[str], values: list[Any]) -> str | None:
     for field, value in zip(fields, values, strict=True):
         if value is None:
             return f"{field} is missing"
-        if not isinstance(value, str):
-            return f"{field} is {type(value).__name__}, not text"
+        if reason := _why_no_text(field, value):
+            return reason
         if not value.strip():
             return f"{field} is empty"
     return None
+
+
+def _why_no_text(field: str, value: Any) -> str | None:
+    if isinstance(value, datetime):
+        return f"{field} was read as a date, because all of them look like one; give the rows as Parquet with text"
+    return None if isinstance(value, str) else f"{field} is {type(value).__name__}, not text"
 
 
 def _check_content(local: Path) -> None:
@@ -202,7 +217,9 @@ def _open(source: RowSource) -> Any:
     try:
         if is_file:
             _check_content(found)
-            return datasets.load_dataset(LOCAL_FORMATS[found.suffix], data_files=str(found), split=source.split)
+            # Named by its content: the library's cache knows a file by its path and time alone.
+            named = {"name": hash_file(found).sha256[:16], "data_files": str(found)}
+            return datasets.load_dataset(LOCAL_FORMATS[found.suffix], **named, split=source.split)
         return datasets.load_dataset(str(found), source.name, split=source.split)
     except AbbaError:
         raise

@@ -164,3 +164,23 @@ def test_a_model_that_was_trained_whole(tmp_path, tied, files):
     with pytest.raises(CheckpointError, match=r"has no model\.other\.weight, which was trained"):
         write_full(tmp_path / "wrong", *write)
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("embedding", ["transformer.word_embeddings.weight", "model.other.weight"])
+def test_a_tied_head_beside_an_embedding_of_another_name(tmp_path, embedding):
+    """As Falcon's: the head that is stored beside it must not stay what it was."""
+    model = tiny_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base/model.safetensors")
+    stored[embedding] = stored.pop("model.embed_tokens.weight")
+    save_file({**stored, "lm_head.weight": stored[embedding].clone()}, tmp_path / "base/model.safetensors")
+    shapes = {name: tuple(value.shape) for name, value in stored.items()}
+    description = AdapterDescription(FullConfig(), "full", {}, "base")
+    write = (tmp_path / "base", description, shapes, lambda name: stored[name] + 1)
+    if "other" in embedding:
+        with pytest.raises(CheckpointError, match="it cannot be told to which tensor it is tied"):
+            write_full(tmp_path / "model", *write)
+        return
+    write_full(tmp_path / "model", *write)
+    made = load_file(tmp_path / "model/model.safetensors")
+    assert torch.equal(made["lm_head.weight"], stored[embedding] + 1)

@@ -8,10 +8,12 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
 from abba import AdapterConfig, inject, load_adapter, save_adapter
@@ -155,9 +157,10 @@ def test_what_was_replaced_is_a_leftover_until_it_is_deleted(tmp_path, monkeypat
 
 def test_two_that_write_to_one_place_at_once_do_not_share_files(tmp_path):
     """Though their process ids are equal, as in two containers."""
-    with written_whole(tmp_path / "adapter") as one, written_whole(tmp_path / "adapter") as other:
-        (one / "x").write_text("one")
-        (other / "x").write_text("other")
+    with written_whole(tmp_path / "adapter", True) as one, written_whole(tmp_path / "adapter", True) as other:
+        for place, text in ((one, "one"), (other, "other")):
+            (place / files.ABBA_CONFIG).touch()  # or it would be none of ours, and stay
+            (place / "x").write_text(text)
         assert (one / "x").read_text() == "one"
     assert (tmp_path / "adapter/x").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -202,6 +205,7 @@ KEY = "base_model.model.model.layers.1.mlp.down_proj.hada_w2_b"
         (lambda d: damage_json(d, files.ABBA_CONFIG, format_version=9), "version 9"),
         (lambda d: damage_json(d, files.ABBA_CONFIG, config={}, modules=3), "does not describe an adapter"),
         (lambda d: damage_json(d, files.ABBA_CONFIG, config={"r1": 4.0}), "does not describe an adapter"),
+        (lambda d: damage_json(d, files.ABBA_CONFIG, base_model=123), "does not describe an adapter"),
         (lambda d: (d / files.PEFT_CONFIG).write_text("[]"), "is no PEFT configuration"),
         (lambda d: (d / files.ABBA_CONFIG).write_text("{"), "is not JSON"),
         (lambda d: (d / files.ABBA_CONFIG).unlink(), "is not an ABBA adapter"),
@@ -231,6 +235,47 @@ def test_an_adapter_is_replaced_only_where_it_is_meant(tmp_path):
     with pytest.raises(CheckpointError, match=r"is not empty; .* pass --force \(in Python overwrite=True\)$"):
         save_adapter(model, tmp_path / "adapter")
     save_adapter(model, tmp_path / "adapter", overwrite=True)
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path):
+    model, _ = adapted()
+
+    def late(name):
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        (tmp_path / "adapter/mine.txt").write_text("keep")
+        return abba_modules(model)[name].factors
+
+    description = files.describe(model, next(iter(abba_modules(model).values())).adapter_config, "loha", None)
+    with pytest.raises(CheckpointError, match="holds something that is no adapter"):
+        files.write_adapter(tmp_path / "adapter", description, late)
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "mine.txt"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(CheckpointError, match="volume: is a mount point; name a directory inside it"):
+        save_adapter(adapted()[0], tmp_path / "volume")
+    assert not list(tmp_path.iterdir())
+
+
+def test_modules_that_differ_have_no_common_configuration(tmp_path):
+    model, _ = adapted()
+    module = next(iter(abba_modules(model).values()))
+    module.adapter_config = replace(module.adapter_config, alpha=99.0)
+    with pytest.raises(CheckpointError, match="its modules differ in r1, r2, alpha or targets"):
+        save_adapter(model, tmp_path / "adapter")
+
+
+def test_the_pinned_revision_of_the_base_is_exported(tmp_path):
+    model, config = adapted()
+    recipe = {"model": {"name_or_path": "org/base", "revision": "abc123"}}
+    description = replace(files.describe(model, config, "loha", "org/base"), provenance={"recipe": recipe})
+    files.write_adapter(tmp_path / "adapter", description, lambda name: abba_modules(model)[name].factors)
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").revision == "abc123"
+    assert 'from_pretrained("org/base", revision="abc123")' in (tmp_path / "adapter/README.md").read_text()
+    damage_json(tmp_path / "adapter", files.PEFT_CONFIG, base_model_name_or_path="/elsewhere", revision=None)
+    load_adapter(tiny_model(), tmp_path / "adapter")
+    assert replace(description, base_model="/elsewhere").base_revision is None
 
 
 def test_vllm_advice_names_the_flag_or_the_limit():

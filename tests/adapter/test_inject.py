@@ -11,7 +11,7 @@ from torch import nn
 from abba import AbbaLinear, AdapterConfig, inject
 from abba.adapter.config import INITS
 from abba.adapter.initialize import factors_from_svd, initial_factors
-from abba.adapter.linear import bypass
+from abba.adapter.linear import abba_modules, bypass
 from abba.errors import CheckpointError, RecipeError
 from tests.models import FAMILIES, randomize_factors, tiny_model
 
@@ -100,9 +100,11 @@ def test_factors_that_could_never_train_are_refused():
 
 def test_a_second_injection_is_refused():
     model = tiny_model()
-    inject(model, AdapterConfig(2, 2))
-    with pytest.raises(RecipeError, match="already"):
-        inject(model, AdapterConfig(2, 2))
+    inject(model, AdapterConfig(2, 2, target_modules=("q_proj",)))
+    for again in ("q_proj", "v_proj"):  # of others: the first ones would be frozen and saved with its alpha
+        with pytest.raises(RecipeError, match="already"):
+            inject(model, AdapterConfig(2, 2, target_modules=(again,)))
+    assert all(factor.requires_grad for module in abba_modules(model).values() for factor in module.factors)
 
 
 def test_scale_is_the_papers():

@@ -102,6 +102,7 @@ def test_several_files_stay_several_and_their_index_is_right(tmp_path, adapter):
 
 def test_what_belongs_to_a_model_comes_along_and_code_does_not(tmp_path, adapter):
     base = write_base(tmp_path / "base")
+    reconfigure(base, quantization_config=None)  # as some configurations say that it is not
     wanted = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE", "generation_config.json"}
     unwanted = {"modeling_evil.py", "pytorch_model.bin", "training_args.bin", "optimizer.pt", "README.md", ".netrc"}
     for name in wanted | unwanted:
@@ -111,6 +112,15 @@ def test_what_belongs_to_a_model_comes_along_and_code_does_not(tmp_path, adapter
     assert {path.name for path in (tmp_path / "merged").iterdir()} == wanted | ours
     assert (tmp_path / "merged/LICENSE").read_text() == "{} of LICENSE"
     assert "merged ABBA adapter" in (tmp_path / "merged/README.md").read_text()
+
+
+def test_a_link_out_of_the_base_is_not_copied_into_the_result(tmp_path, adapter):
+    base, secret = write_base(tmp_path / "base"), tmp_path / "secret"
+    secret.write_text("mine")
+    (base / "LICENSE").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"LICENSE: leads out of .*base, to .*secret"):
+        write(tmp_path / "merged", base, adapter)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_that_changes_nothing_is_reported(tmp_path, adapter):

@@ -65,9 +65,14 @@ def test_verify_without_a_base_says_that_no_logits_were_compared(convert, made, 
 def test_verify_refuses_what_changes_nothing(convert, tmp_path, monkeypatch, options):
     monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.zeros(*shape))
     write_checkpoint(tmp_path / "run/checkpoints", CONFIG, MODULES)
-    finished = convert(str(tmp_path / "run"), str(tmp_path / "out"), "--verify", *options)
-    assert finished.returncode == 66 and "so it changes nothing; was the learning rate 0?" in finished.stderr
-    assert finished.stderr.count("\n") == 1
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good/abba_config.json").write_text("an earlier result")
+    for out, force in (("new", []), ("good", ["--force"])):
+        finished = convert(str(tmp_path / "run"), str(tmp_path / out), "--verify", *options, *force)
+        assert finished.returncode == 66 and "so it changes nothing; was the learning rate 0?" in finished.stderr
+        assert finished.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "program", "good"}
+    assert (tmp_path / "good/abba_config.json").read_text() == "an earlier result"
 
 
 def test_scores_of_the_run_reach_the_card_of_a_later_conversion(convert, made, tmp_path):

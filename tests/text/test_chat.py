@@ -47,14 +47,18 @@ def with_template(template):
 @pytest.mark.parametrize(
     "more, reason",
     [
-        ({"weight": 0}, "has a turn with a weight, which is not supported"),
+        ({"weight": 0}, "has a turn with weight=0, which is not supported"),
+        ({"train": False}, "has a turn with train=False, which is not supported"),
+        ({"reasoning_content": "3 + 4"}, "has a turn with reasoning_content, which is not supported"),
         ({"tool_calls": [{"id": "1"}]}, "has a turn with tool_calls, which is not supported"),
     ],
 )
 def test_what_a_message_asks_for_and_is_not_done_makes_a_bad_row(more, reason):
     with pytest.raises(ValueError, match=reason):
         read_conversation([*TALK[:-1], {**TALK[-1], **more}], "messages")
-    assert read_conversation([{**turn, "weight": 1, "tool_calls": None} for turn in TALK], "messages")
+    assert read_conversation(
+        [{**turn, "weight": 1, "train": True, "tool_calls": [], "thinking": ""} for turn in TALK], "messages"
+    )
 
 
 @pytest.fixture(params=TEMPLATES)
@@ -64,7 +68,7 @@ def kind(request):
 
 def test_every_turn_of_the_assistant_is_learned_with_its_end_and_nothing_else(kind):
     tokenizer = with_template(TEMPLATES[kind])
-    ids, learned = ChatTemplate(tokenizer).encode_conversation(read_conversation(TALK, "messages"))
+    ((ids, learned),) = ChatTemplate(tokenizer).encode_conversations([read_conversation(TALK, "messages")])
     first, last = (tokenizer.decode(ids[start:stop]) for start, stop in learned)
     assert first == f"7{ENDS[kind]}"
     assert last == "12\n#### 12" + ENDS[kind] + "</s>" * (ENDS[kind] != "</s>"), "generation stops at EOS"
@@ -160,15 +164,14 @@ def test_a_template_that_keeps_thoughts_of_the_last_turn_only_is_refused_for_sev
         .replace("m.content }}", "('' if loop.last else '') + m.content }}")
         .replace("+ m.content", "+ ('<think>\n' if loop.last and m.role == 'assistant' else '') + m.content")
     )
-    encode = ChatTemplate(with_template(template)).encode_conversation
-    assert encode([USER, ASSISTANT])[1]
-    with pytest.raises(ValueError, match="writes a turn otherwise"):
-        encode([USER, ASSISTANT, USER, ASSISTANT])
+    twice = [USER, ASSISTANT, USER, ASSISTANT]
+    first, refused, last = ChatTemplate(with_template(template)).encode_conversations([twice[:2], twice, twice[:2]])
+    assert first == last and first[1] and "writes a turn otherwise" in str(refused), "each by itself"
 
 
 def test_the_day_does_not_change_the_tokens():
     tokenizer = with_template("{{ strftime_now('%d %b %Y') }}\n\n" + TEMPLATES["eos"])
-    ids, _ = ChatTemplate(tokenizer).encode_conversation([USER, ASSISTANT])
+    ((ids, _),) = ChatTemplate(tokenizer).encode_conversations([[USER, ASSISTANT]])
     assert tokenizer.decode(ids).startswith("26 Jul 2024\n\n<s>")
     plain = with_template("\n" + TEMPLATES["eos"])
     assert ChatTemplate(plain).text == plain.chat_template

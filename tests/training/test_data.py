@@ -1,9 +1,11 @@
 """Rows to tokens to batches: masks, EOS, BOS, truncation, bad rows; and who computes what at any world size."""
 
 import json
+import os
 import types
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -211,6 +213,7 @@ def test_input_fields_are_appended_and_long_rows_cut_and_counted(tmp_path, token
             "1 rows cannot be trained on (the first is row 2: answer is empty)",
         ),
         ([{"question": "a", "answer": 3}], {}, "answer is int, not text"),
+        ([{"question": "when?", "answer": "2024-05-01"}], {}, "answer was read as a date"),
         ([ROW], {"max_length": 20}, "all labels are masked: the prompt alone fills data.max_length=20 tokens"),
         (["{broken\n"], {}, "cannot be read"),
         ([""], {}, "rows.jsonl: is empty"),
@@ -224,6 +227,30 @@ def test_rows_that_cannot_be_trained_on_end_the_run(tmp_path, tokenizer, rows, c
         prepared(tmp_path, tokenizer, source(write_rows(tmp_path, *rows)), **changes)
     assert expected in str(error.value)
     assert not (tmp_path / "tokens").exists() or not list((tmp_path / "tokens").iterdir())
+
+
+@pytest.mark.parametrize("given, reason", [(["x", "y"], "choices is list, not text"), (5, "choices is int, not text")])
+def test_an_input_that_is_not_text_is_not_left_out_in_silence(tmp_path, tokenizer, given, reason):
+    rows = write_rows(tmp_path, {**ROW, "choices": given}, {**ROW, "choices": None})
+    with pytest.raises(DataError, match=f"the first is row 1: {reason}"):
+        prepared(tmp_path, tokenizer, source(rows, input_field="choices"))
+
+
+def test_what_nothing_uses_is_not_decoded(tmp_path, tokenizer):
+    columns = {**{key: [value] for key, value in ROW.items()}, "picture": [{"bytes": b"no picture", "path": None}]}
+    features = datasets.Features({key: datasets.Value("string") for key in ROW} | {"picture": datasets.Image()})
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "rows.parquet")
+    assert len(prepared(tmp_path, tokenizer, source(tmp_path / "rows.parquet"))) == 1
+
+
+def test_a_file_that_changes_and_keeps_its_time_is_read_anew(tmp_path, tokenizer):
+    first = prepared(tmp_path, tokenizer, source(write_rows(tmp_path, ROW)))
+    path, known = tmp_path / "rows.jsonl", os.stat(tmp_path / "rows.jsonl")
+    write_rows(tmp_path, {**ROW, "answer": ROW["answer"].replace("3", "4")})
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
+    assert path.stat().st_size == known.st_size
+    second = prepared(tmp_path, tokenizer, source(path))
+    assert "#### 4" in tokenizer.decode(second.input_ids(0).tolist()) and first.sha256 != second.sha256
 
 
 def test_fields_that_nothing_uses_are_named(tmp_path, tokenizer):
