@@ -23,7 +23,7 @@ from abba.text.examples import Example, examples, prompt_content
 from abba.text.prompt import DEFAULT_PROMPT
 from abba.text.rows import BadRows, MissingFieldError, RowSource, content_of
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 LAYOUT = {
     "input_ids": torch.int32,
     "supervised": torch.uint8,
