@@ -159,7 +159,8 @@ def verify(source, dtype: str | None, base: Path | None, say, result: Path, desc
     who = "the merged model's" if merged else "stock PEFT's"
     line = f"{who} logits differ from the native ones by at most {difference:.1e} (largest {largest:.1f})"
     if not difference <= limit:
-        raise CheckpointError(f"{source.directory}: {line}, above {limit:.1e}; is --base its base?")
+        advice = "is --base its base? Without --verify it is written all the same"
+        raise CheckpointError(f"{source.directory}: {line}, above {limit:.1e}; {advice}")
     say(f"{found}; {line}")
 
 

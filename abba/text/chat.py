@@ -18,7 +18,7 @@ Message = dict[str, str]
 Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, [start, stop) of each stretch that is learned
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 SPELLINGS = (("role", "content"), ("from", "value"))  # OpenAI's and ShareGPT's
-MEANT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # said beside the content
+BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # and not learned
 SWITCHES = ("weight", "train")  # OpenAI's and axolotl's: whether a turn is to be learned
 # Some templates write the day into the system prompt; tokens must not depend on when they are made. Llama 3's own date.
 FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
@@ -56,7 +56,7 @@ def _read_message(message: Any, field: str) -> Message:
         raise ValueError(f"{field} has the role {str(said)[:40]!r}, which is none of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"{field} has content that is {type(content).__name__}, not text")
-    lost = [key for key in MEANT if message.get(key)]
+    lost = [key for key in BESIDE_CONTENT if message.get(key)]
     lost += [f"{key}={message[key]}" for key in SWITCHES if message.get(key) not in (None, True)]  # 1 is True
     if lost:
         raise ValueError(f"{field} has a turn with {lost[0]}, which is not supported")
