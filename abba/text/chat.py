@@ -155,7 +155,11 @@ class ChatTemplate:
             start, stop = len(before), self._end_of_turn(after)
             if whole[:stop] != after[:stop] and after[stop - 1] == self._tokenizer.eos_token_id:
                 stop = self._end_of_turn(after[: stop - 1])  # an EOS that Phi's template writes where all ends
-            if whole[:start] != before or whole[:stop] != after[:stop]:
+            if after[:start] != before:
+                raise ValueError(
+                    "the chat template asks for an answer otherwise than it writes one, such as with <think>"
+                )
+            if whole[:stop] != after[:stop]:
                 raise ValueError("the chat template writes a turn otherwise, or in other tokens, when more follows")
             if stop <= start:
                 raise ValueError("the chat template leaves out a turn of the assistant")

@@ -144,8 +144,11 @@ def test_conversations_that_cannot_be_trained_on(messages, reason):
     [
         ("{% if messages|length > 2 %}{{ raise_exception('turns must alternate') }}{% endif %}" + TEMPLATES["eos"],
          "the chat template refuses it: turns must alternate"),
-        ("{{ messages|length }}" + TEMPLATES["eos"], "the chat template writes a turn otherwise, or in other tokens"),
-        ("{{ messages[-1].role }}" + TEMPLATES["eos"], "the chat template writes a turn otherwise, or in other tokens"),
+        ("{{ messages|length // 2 }}" + TEMPLATES["eos"],
+         "the chat template writes a turn otherwise, or in other tokens, when more follows"),
+        ("{{ messages[-1].role }}" + TEMPLATES["eos"], "the chat template asks for an answer otherwise than it writes"),
+        (TEMPLATES["eos"] + "{% if add_generation_prompt %}<think>\n{% endif %}",
+         "the chat template asks for an answer otherwise than it writes one, such as with <think>"),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
          "the chat template leaves out a turn of the assistant"),
     ],
