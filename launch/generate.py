@@ -34,7 +34,6 @@ def main() -> int:
         help="auto: bfloat16, where the processor can",
     )
     arguments = parser.parse_args()
-    end_with_reader()
     return run_program(lambda: answer(arguments))
 
 
@@ -58,6 +57,7 @@ def answer(arguments: argparse.Namespace) -> None:
         memory = dict.fromkeys(range(gpus.count), gpus.usable)
         model = load_for_generation(subject.base, subject.adapter, DTYPES[dtype], memory)
         stops = stop_ids(subject.base, tokenizer, subject.prompt)
+    end_with_reader()  # from here on it only prints
     for prompt in [arguments.prompt] if arguments.prompt is not None else typed():
         asked = (encode_prompt(tokenizer, [prompt], subject.prompt), [[0]], arguments.max_new_tokens, stops)
         with bypass(model):

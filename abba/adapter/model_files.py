@@ -78,7 +78,7 @@ def write_model(
     Raises:
         CheckpointError: `directory` cannot be written, or the result is not finite. Nothing is left behind then.
     """
-    config = read_config(base.directory)
+    config, companions = read_config(base.directory), _companions(base.directory)
     layouts = {
         name: {key: Spec(stored.shape, _stored_dtype(stored.dtype, dtype)) for key, stored in file.tensors.items()}
         for name, file in base.files.items()
@@ -92,7 +92,7 @@ def write_model(
             write_json(temporary / INDEX, _index(layouts))
         dtype_name = str(dtype).removeprefix("torch.") if dtype else None
         write_json(temporary / CONFIG, _with_dtype(config, dtype_name) if dtype_name else config)
-        _copy_companions(base.directory, temporary)
+        _copy(companions, base.directory, temporary)
         description = replace(description, dtype=dtype_name)
         write_description(temporary, description)
         (temporary / CARD).write_text(model_card(description, scores), encoding="utf-8")
@@ -187,9 +187,15 @@ def _index(layouts: Layouts) -> dict[str, Any]:
     return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _copy_companions(base: Path, target: Path) -> None:
-    for source in sorted(path for pattern in COMPANIONS for path in base.glob(pattern) if path.is_file()):
-        inside(base, source)  # or a link in what was downloaded would put a file of yours into the result
+def _companions(base: Path) -> list[Path]:
+    found = sorted(path for pattern in COMPANIONS for path in base.glob(pattern) if path.is_file())
+    for path in found:
+        inside(base, path)  # or a link in what was downloaded would put a file of yours into the result
+    return found
+
+
+def _copy(companions: list[Path], base: Path, target: Path) -> None:
+    for source in companions:
         copy = target / source.relative_to(base)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, copy)
