@@ -8,7 +8,7 @@ import tokenizers
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from abba.adapter.model_files import _copy_companions
+from abba.adapter.model_files import _companions, _copy
 from abba.base_model import build_empty, choose_attention, find_base, load_tokenizer, load_whole
 from abba.errors import CheckpointError, RecipeError
 from tests.distributed.ranks import TINY
@@ -90,7 +90,7 @@ def test_the_wrong_splitting_of_mistrals_tekken_tokenizers_is_mended(tmp_path, t
         (tmp_path / "tekken.json").write_text("{}")
     merged = tmp_path / "merged"
     merged.mkdir()
-    _copy_companions(tmp_path, merged)
+    _copy(_companions(tmp_path), tmp_path, merged)
     shutil.copy(tmp_path / "config.json", merged)
     for directory in (tmp_path, merged):
         assert (r"\p{Lu}" in str(load_tokenizer(directory).backend_tokenizer.pre_tokenizer)) == tekken
