@@ -29,6 +29,7 @@ REFUSED = {
 }
 # Keys that start with _ are transformers' own variables; these it has written into the files of many models.
 HARMLESS = {"_name_or_path", "_from_model_config", "_commit_hash", "_attn_implementation_autoset", "__type"}
+HARMLESS.add("_remove_final_layer_norm")  # of OPT's architecture, for all its name
 # A text that transformers writes and no longer reads.
 UNUSED_FILE = "special_tokens_map_file"
 # Lists of this length, and tensors of this size, are made before any weight is compared.

@@ -23,6 +23,7 @@ def prepare_run(recipe: Recipe) -> None:
 
     from abba.base_model import choose_attention, load_config
     from abba.evaluation.tasks import load_questions, question_sources
+    from abba.sharded.ranks import Ranks
     from abba.training.attention import line_tokens
     from abba.training.data_report import data_report
     from abba.training.prepare import fetch, plan_batches, prepare
@@ -30,7 +31,7 @@ def prepare_run(recipe: Recipe) -> None:
     say = partial(print, flush=True)
     score = recipe.evaluate
     fetch(recipe, question_sources(score.task, score.path).values() if score is not None else (), say)
-    base, _, data = prepare(recipe, is_main=True, say=say)
+    base, _, data = prepare(recipe, Ranks(), say)
     if score is not None:
         questions = load_questions(score.task, score.path, score.limit)
         say(f"evaluate: {len(questions):,} problems")

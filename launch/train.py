@@ -72,7 +72,7 @@ def run(
         refuse_no_start(recipe.model.name_or_path, recipe.adapter.init_from, recipe.checkpoint.resume, directory)
 
     # Data: tokenised by launch/prepare.py, or now by rank 0 before anyone joins; the others find the result on disk.
-    base, padding, data = prepare(recipe, ranks.is_main, say)
+    base, padding, data = prepare(recipe, ranks, say)
     plan, eval_rows, steps = plan_batches(recipe, data)
     say(f"data: {len(plan.rows):,} rows to train on, {len(eval_rows):,} held out; {steps:,} steps")
     for line in source_shares(data, plan):

@@ -67,6 +67,24 @@ def refuse_shared_positions(config: PretrainedConfig, max_length: int) -> None:
         )
 
 
+def beyond_positions(config: PretrainedConfig, longest: int) -> str | None:
+    """What is wrong with rows of so many tokens, if that can be trained all the same.
+
+    Raises:
+        RecipeError: positions that are looked up in a table end before the longest row does.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is None or longest <= positions:
+        return None
+    if not getattr(text, "rope_parameters", None):
+        raise RecipeError(
+            f"data.max_length: the longest row has {longest:,} tokens and this base has {positions:,} positions; "
+            f"lower it to {positions}"
+        )
+    return f"the longest row has {longest:,} tokens; this base was made for {positions:,} (max_position_embeddings)"
+
+
 def keep_rows_apart(model: PreTrainedModel) -> None:
     """From now on no row sees another one of its line.
 

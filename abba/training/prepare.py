@@ -4,6 +4,8 @@
 """
 
 import dataclasses
+import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -14,9 +16,10 @@ from transformers import PretrainedConfig
 
 from abba.base_model import find_base, hub_model, load_config, load_tokenizer
 from abba.errors import CheckpointError, RecipeError
+from abba.sharded.ranks import Ranks
 from abba.text.encode import padding_id
 from abba.text.rows import RowSource, hub_dataset
-from abba.training.attention import refuse_packing, refuse_shared_positions
+from abba.training.attention import beyond_positions, refuse_packing, refuse_shared_positions
 from abba.training.batches import BatchPlan, split_rows
 from abba.training.data_section import DataSection
 from abba.training.mixture import Mixture, epoch_rows
@@ -70,7 +73,7 @@ def fetch(recipe: Recipe, questions: Iterable[RowSource], say: Callable[[str], N
         say(f"{section}: {name} at commit {found.name}{pin}")
 
 
-def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[Path, int, Mixture]:
+def prepare(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> tuple[Path, int, Mixture]:
     """(base model's directory, id to pad with, tokenised rows). No network.
 
     Rank 0 writes, and fails, before any process group exists: nobody waits in a collective that would time out. The
@@ -87,7 +90,7 @@ def prepare(recipe: Recipe, is_main: bool, say: Callable[[str], None]) -> tuple[
     parts = []
     for section, source in sources.items():
         path = paths[section]
-        part = (_found(path, say) if path.is_file() else None) if is_main else _from_rank_0(path)
+        part = (_found(path, say) if path.is_file() else None) if ranks.is_main else _from_rank_0(path, ranks)
         if part is None:
             unused = prepare_tokens(source, *limits, tokenizer, path, recipe.data.prompt, section)
             say(f"data: tokenised into {path}{unused_fields(unused)}")
@@ -123,6 +126,7 @@ def mixture(
 
     Raises:
         CheckpointError: the base has no embeddings for some of them.
+        RecipeError: it has no positions for the longest row.
     """
     data = Mixture(parts, source_names(sources), weights)
     for note in data.notes:
@@ -138,6 +142,8 @@ def mixture(
             f"{base}: its tokenizer gives id {data.largest_id}, its model has {vocabulary} embeddings; "
             "tokenizer and model do not belong together"
         )
+    if note := beyond_positions(config, int(data.lengths.max())):
+        say(f"data: WARNING: {note}")
     return data
 
 
@@ -186,13 +192,17 @@ def _found(path: Path, say: Callable[[str], None]) -> TokenizedRows | None:
     return data
 
 
-def _from_rank_0(path: Path) -> TokenizedRows:
+def _from_rank_0(path: Path, ranks: Ranks) -> TokenizedRows:
     """Wait for the tokens, however long rank 0 takes; a damaged file is one that rank 0 will replace.
+
+    A directory of this node's own that an earlier run has made looks like one in which rank 0 is still at work, so one
+    rank of each node says what it waits for.
 
     Raises:
         CheckpointError: not even their directory appears, or a damaged file stays: this rank sees another disk.
     """
     started, damaged, failure = time.monotonic(), None, None
+    told = ranks.local_rank != 0
     while True:
         seen = _version(path)
         late = time.monotonic() - started > SHARED_WITHIN_SECONDS
@@ -202,6 +212,14 @@ def _from_rank_0(path: Path) -> TokenizedRows:
                     f"data.prepared_path {path.parent}: rank 0 made it {SHARED_WITHIN_SECONDS} s ago and it is not "
                     "here; put it on storage that all nodes share"
                 )
+            if late and not told:
+                print(
+                    f"data: rank {ranks.rank} on {socket.gethostname()} waits for {path}, which rank 0 makes; "
+                    "if rank 0 goes on without it, data.prepared_path is not on storage that all nodes share",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                told = True
         elif seen != damaged:
             try:
                 return TokenizedRows(path)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abba.errors import DataError
+from abba.sharded.ranks import Ranks
 from abba.training.batches import BatchPlan, split_rows
 from abba.training.mixture import Mixture, epoch_rows
 from abba.training.prepare import plan_batches, prepare
@@ -122,9 +123,9 @@ def two(tmp_path, recipe):  # noqa: F811
 
 def test_a_weight_does_not_tokenise_again_and_rows_keep_their_names(two, tmp_path):
     said = []
-    _, _, data = prepare(two(), True, said.append)
+    _, _, data = prepare(two(), Ranks(), said.append)
     assert sum("tokenised into" in line for line in said) == 2 and len(list((tmp_path / "prepared").iterdir())) == 2
-    again = prepare(two(3.0), True, said.append)[2]
+    again = prepare(two(3.0), Ranks(), said.append)[2]
     assert again.sha256 == data.sha256 and sum("tokenised into" in line for line in said) == 2
     assert data.row_name(3) == f"{tmp_path}/a.jsonl:4" and data.row_name(25) == f"{tmp_path}/b.jsonl:1"
     assert data.input_ids(25).equal(data.parts[1].input_ids(0)) and data.length(25) == data.parts[1].length(0)
@@ -138,14 +139,14 @@ def test_a_weight_does_not_tokenise_again_and_rows_keep_their_names(two, tmp_pat
 def test_notes_and_bad_rows_name_their_source(two, tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({"question": "a", "answer": " "}) + "\n")
     with pytest.raises(DataError, match=r"c\.jsonl: 1 rows cannot be trained on \(the first is row 2: answer is empty"):
-        prepare(two(1.0, second="c.jsonl"), True, print)
+        prepare(two(1.0, second="c.jsonl"), Ranks(), print)
     said = []
-    prepare(two(1.0, "data.max_bad_rows=1", second="c.jsonl"), True, said.append)
+    prepare(two(1.0, "data.max_bad_rows=1", second="c.jsonl"), Ranks(), said.append)
     assert f"data: {tmp_path}/c.jsonl: left out 1 rows: answer is empty" in said
 
 
 def test_rows_that_are_not_finite_are_named_with_their_source(two):
     from abba.training.loop import _numbers
 
-    stream = types.SimpleNamespace(data=prepare(two(), True, print)[2])
+    stream = types.SimpleNamespace(data=prepare(two(), Ranks(), print)[2])
     assert [name.rpartition("/")[2] for name in _numbers(stream, [0, 26]).split(", ")] == ["a.jsonl:1", "b.jsonl:2"]

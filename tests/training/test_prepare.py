@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 import shutil
+import socket
 import sys
 import threading
 from contextlib import nullcontext
@@ -14,6 +16,7 @@ from transformers import AutoConfig
 
 import abba.training.prepare
 from abba.errors import CheckpointError, RecipeError
+from abba.sharded.ranks import Ranks
 from abba.training.batches import BatchPlan, collate, lines_of
 from abba.training.data_report import data_report, padding_share, percentile
 from abba.training.dry_run import dry_run
@@ -23,6 +26,8 @@ from abba.training.recipe import load_recipe
 from abba.training.tokens import TokenizedRows, write_tokens
 from tests.models import SMALL
 from tests.warm import ROOT
+
+RANK_1 = Ranks(rank=1, world_size=2, local_rank=1, local_world_size=2)
 
 
 @pytest.fixture
@@ -66,11 +71,11 @@ def base(tmp_path):
 
 def test_packing_on_an_architecture_that_cannot_is_refused_before_anything_is_loaded(recipe, base, tokenised):
     granite = base("granite")
-    for start in (lambda recipe: prepare(recipe, True, print), lambda recipe: dry_run(recipe, 1)):
+    for start in (lambda recipe: prepare(recipe, Ranks(), print), lambda recipe: dry_run(recipe, 1)):
         with pytest.raises(RecipeError, match=r"data\.packing: .* not in granite; set data\.packing=false"):
             start(recipe(granite, "data.packing=true"))
     assert not tokenised
-    assert len(prepare(recipe(granite), True, print)[2]) == 80
+    assert len(prepare(recipe(granite), Ranks(), print)[2]) == 80
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,7 @@ def test_frequencies_that_follow_the_longest_row_are_refused(recipe, base, token
     config = json.loads(path.read_text())
     config |= {"rope_parameters": {"rope_theta": 1e4, **rope}, "max_position_embeddings": most}
     path.write_text(json.dumps(config))
-    for start in (lambda recipe: dry_run(recipe, 1), lambda recipe: prepare(recipe, True, print)):
+    for start in (lambda recipe: dry_run(recipe, 1), lambda recipe: prepare(recipe, Ranks(), print)):
         with pytest.raises(RecipeError, match=said) if said else nullcontext():
             start(recipe(llama))
     assert bool(tokenised) == (said is None)
@@ -98,7 +103,7 @@ def test_a_dry_run_finds_what_needs_no_weights(recipe, base, tmp_path, monkeypat
     small = base("llama")
     path = Path(small.partition("=")[2]) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 16}))
-    for start in (lambda recipe: prepare(recipe, True, print), lambda recipe: dry_run(recipe, 1)):
+    for start in (lambda recipe: prepare(recipe, Ranks(), print), lambda recipe: dry_run(recipe, 1)):
         with pytest.raises(CheckpointError, match="its model has 16 embeddings; tokenizer and model do not belong"):
             start(recipe(small))
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -120,20 +125,20 @@ def test_ranks_that_would_compute_in_other_dtypes_are_refused():
 
 
 def test_runs_on_the_same_data_tokenise_once(recipe, tokenised, tmp_path):
-    first = prepare(recipe("output_dir=runs/a"), True, print)[2]
+    first = prepare(recipe("output_dir=runs/a"), Ranks(), print)[2]
     (tmp_path / "moved").mkdir()
     copy = tmp_path / "moved/same.jsonl"
     copy.write_bytes((ROOT / "recipes/assets/stories/train.jsonl").read_bytes())
     for overrides in (["output_dir=runs/b", "train.learning_rate=1e-5"], ["data.eval_rows=9"], [f"data.path={copy}"]):
-        again = prepare(recipe(*overrides), True, print)[2]
+        again = prepare(recipe(*overrides), Ranks(), print)[2]
         assert again.sha256 == first.sha256 and again.parts[0].path == first.parts[0].path
     assert len(tokenised) == 1
-    assert prepare(recipe("data.max_rows=81"), True, print)[2].sha256 != first.sha256
+    assert prepare(recipe("data.max_rows=81"), Ranks(), print)[2].sha256 != first.sha256
     assert len(tokenised) == 2
 
 
 def test_every_damage_is_seen_and_mended(recipe, tokenised):
-    path = prepare(recipe(), True, print)[2].parts[0].path
+    path = prepare(recipe(), Ranks(), print)[2].parts[0].path
     right, draw = path.read_bytes(), random.Random(7)
     for trial in range(200):
         wrong = bytearray(right)
@@ -147,7 +152,7 @@ def test_every_damage_is_seen_and_mended(recipe, tokenised):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     said, count = [], len(tokenised)
-    assert len(prepare(recipe(), True, said.append)[2]) == 80
+    assert len(prepare(recipe(), Ranks(), said.append)[2]) == 80
     assert said[0].startswith(f"data: WARNING: {path}: is damaged") and said[0].endswith("it is made anew")
     assert path.read_bytes() == right and len(tokenised) == count + 1
     assert [found.name for found in path.parent.iterdir()] == [path.name]
@@ -155,15 +160,15 @@ def test_every_damage_is_seen_and_mended(recipe, tokenised):
 
 @pytest.mark.parametrize("start", ["nothing", "damaged"])
 def test_the_other_ranks_wait_for_rank_0(recipe, tokenised, start):
-    path = prepare(recipe(), True, print)[2].parts[0].path
+    path = prepare(recipe(), Ranks(), print)[2].parts[0].path
     right = path.read_bytes()
     path.unlink() if start == "nothing" else path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     found = []
-    rank_1 = threading.Thread(target=lambda: found.append(prepare(recipe(), False, print)[2]), daemon=True)
+    rank_1 = threading.Thread(target=lambda: found.append(prepare(recipe(), RANK_1, print)[2]), daemon=True)
     rank_1.start()
     rank_1.join(1)
     assert rank_1.is_alive() and not found
-    ours = prepare(recipe(), True, print)[2]
+    ours = prepare(recipe(), Ranks(), print)[2]
     rank_1.join(20)
     assert found[0].sha256 == ours.sha256 and len(tokenised) == 2, "rank 1 never tokenises"
 
@@ -171,11 +176,48 @@ def test_the_other_ranks_wait_for_rank_0(recipe, tokenised, start):
 def test_a_rank_that_sees_another_disk_says_so(recipe, monkeypatch):
     monkeypatch.setattr(abba.training.prepare, "SHARED_WITHIN_SECONDS", 0.3)
     with pytest.raises(CheckpointError, match=r"data\.prepared_path .*put it on storage that all nodes share"):
-        prepare(recipe(), False, print)
-    path = prepare(recipe(), True, print)[2].parts[0].path
+        prepare(recipe(), RANK_1, print)
+    path = prepare(recipe(), Ranks(), print)[2].parts[0].path
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="tokens-"):
-        prepare(recipe(), False, print)
+        prepare(recipe(), RANK_1, print)
+
+
+def test_a_node_that_waits_for_what_another_disk_holds_says_so_once(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(abba.training.prepare, "SHARED_WITHIN_SECONDS", 0.3)
+    path = prepare(recipe(), Ranks(), print)[2].parts[0].path
+    elsewhere = path.rename(path.with_name("elsewhere"))
+    capsys.readouterr()
+    found = []
+    ranks = [Ranks(rank=8 + local, world_size=16, local_rank=local, local_world_size=8) for local in range(2)]
+    waiting = [
+        threading.Thread(target=lambda r=r: found.append(prepare(recipe(), r, print)), daemon=True) for r in ranks
+    ]
+    for thread in waiting:
+        thread.start()
+    waiting[0].join(2)
+    elsewhere.rename(path)
+    for thread in waiting:
+        thread.join(20)
+    said = capsys.readouterr().err
+    assert said.startswith(f"data: rank 8 on {socket.gethostname()} waits for {path}, which rank 0 makes; ")
+    assert said.count("data: ") == 1 and len(found) == 2
+
+
+@pytest.mark.parametrize("family, refused", [("opt", True), ("llama", False)])
+def test_rows_beyond_the_bases_positions(recipe, base, family, refused):
+    model = base(family)
+    path = Path(model.partition("=")[2]) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 64}))
+    linears, said = "adapter.target_modules=all-linear", []
+    shown = "the longest row has [0-9]+ tokens"
+    end = rf"data\.max_length: {shown} .* lower it to 64$"
+    for start in (lambda recipe: prepare(recipe, Ranks(), said.append), lambda recipe: dry_run(recipe, 1)):
+        with pytest.raises(RecipeError, match=end) if refused else nullcontext():
+            start(recipe(model, linears))
+        start(recipe(model, linears, "data.max_length=64"))
+    warnings = [line for line in said if re.match(rf"data: WARNING: {shown}; this base was made for 64", line)]
+    assert len(warnings) == (not refused)
 
 
 def rows_of(tmp_path, uncut, prompts, max_length, left_out=None):
