@@ -107,7 +107,8 @@ def score_as_rank(arguments: argparse.Namespace) -> int:
         score(arguments, ranks)
 
     prefix = f"rank {ranks.rank}: " if ranks.rank else ""
-    return run_program(work, prefix, "the same command goes on with the rows that are missing")
+    goes_on = not arguments.task.startswith("lm-eval:")
+    return run_program(work, prefix, "the same command goes on with the rows that are missing" * goes_on)
 
 
 def main() -> int:

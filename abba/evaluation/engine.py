@@ -61,8 +61,8 @@ def plan_answers(
         ranks: that share the prompts, each with GPUs of its own.
 
     Raises:
-        RecipeError: see `require_engine`.
-        CheckpointError: the model fits nowhere, or it or the adapter is damaged.
+        RecipeError: see `require_engine`; or the model fits nowhere.
+        CheckpointError: it or the adapter is damaged.
     """
     description = read_description(adapter) if adapter is not None else None
     rank = description.lora_rank if description is not None else None

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from abba.adapter.files import load_adapter
 from abba.base_model import choose_attention, load_config, load_whole
-from abba.errors import CheckpointError, first_line
+from abba.errors import ArgumentError, CheckpointError, first_line
 from abba.storage import in_gb, is_file, read_json
 from abba.text.chat import ChatTemplate
 from abba.text.encode import eos_id, padding_id
@@ -25,7 +25,8 @@ def load_for_generation(
         for_weights: bytes that the weights may take on each GPU; empty: the CPU.
 
     Raises:
-        CheckpointError: the base has no safetensors or does not fit, or the adapter is damaged or for another base.
+        ArgumentError: the base does not fit.
+        CheckpointError: it has no safetensors, or the adapter is damaged or for another base.
     """
     attention, _ = choose_attention(load_config(base), "auto", "cuda" if for_weights else "cpu", dtype)
     if len(for_weights) == 1:
@@ -34,7 +35,7 @@ def load_for_generation(
         placement = {"device_map": "auto", "max_memory": dict(for_weights)} if for_weights else {}
     model = load_whole(base, dtype, attention, **placement)
     if any(parameter.is_meta for parameter in model.parameters()):  # accelerate would read them anew for each token
-        raise CheckpointError(
+        raise ArgumentError(
             f"{base}: its layers do not fit into {[in_gb(size) for size in for_weights.values()]} of memory; "
             "use more or larger GPUs, or a smaller batch size"
         )
@@ -76,7 +77,11 @@ def generate_greedy(
     max_new_tokens: int,
     stops: list[int],
 ) -> Iterator[tuple[int, str]]:
-    """(index, generated text) for the prompts, given as token ids, that each batch names by their indices."""
+    """(index, generated text) for the prompts, given as token ids, that each batch names by their indices.
+
+    Raises:
+        ArgumentError: a batch is too much for the GPU's memory.
+    """
     padding = padding_id(tokenizer)
     for chosen in batches:
         longest = max(len(prompts[index]) for index in chosen)
@@ -93,7 +98,7 @@ def generate_greedy(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )
         except torch.OutOfMemoryError as error:
-            raise CheckpointError(
+            raise ArgumentError(
                 f"out of GPU memory with {len(chosen)} sequences of {longest} + {max_new_tokens} tokens: "
                 f"{first_line(error)}; use a smaller batch size"
             ) from None

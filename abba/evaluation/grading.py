@@ -35,27 +35,26 @@ class UndecidedError(Exception):
     """A comparison that ended without yes or no."""
 
 
-def grade_all(questions: list[Question], generated: list[str], max_ungraded: int) -> Iterator[Grade]:
+def grade_all(questions: list[Question], generated: list[str], max_ungraded: int) -> list[Grade]:
     """The grade of each question.
 
     Args:
         max_ungraded: how many generations may stay undecided; they count as wrong and say so.
 
     Raises:
-        DataError: more are undecided; names the row.
+        DataError: more are undecided; says how many, and names the first.
     """
-    undecided = 0
     with _isolated() as isolated:
-        for question, text in zip(questions, generated, strict=True):
-            grade = _grade(question, text, isolated)
-            undecided += grade.undecided is not None
-            if undecided > max_ungraded:
-                raise DataError(
-                    f"{question.task}: row {question.row + 1} cannot be graded: {grade.undecided}, comparing "
-                    f"{str(grade.flexible)[:100]!r} with {question.answer[:100]!r}; its generation is kept; "
-                    f"--max-ungraded {undecided} (evaluate.max_ungraded) counts {undecided} such rows as wrong"
-                )
-            yield grade
+        grades = [_grade(question, text, isolated) for question, text in zip(questions, generated, strict=True)]
+    undecided = [number for number, grade in enumerate(grades) if grade.undecided is not None]
+    if len(undecided) > max_ungraded:
+        question, grade = questions[undecided[0]], grades[undecided[0]]
+        raise DataError(
+            f"{question.task}: {len(undecided)} of {len(grades)} rows cannot be graded, row {question.row + 1} first: "
+            f"{grade.undecided}, comparing {str(grade.flexible)[:100]!r} with {question.answer[:100]!r}; all "
+            f"generations are kept; --max-ungraded {len(undecided)} (evaluate.max_ungraded) counts such rows as wrong"
+        )
+    return grades
 
 
 def wilson(right: int, n: int) -> list[float]:
@@ -138,6 +137,8 @@ class _Process:
 
 def _compare(pipe: Connection, seconds: int) -> None:
     """The child: pairs come in, (right, what failed) goes out, until the other end is closed; `seconds` for each."""
+    import math_verify  # noqa: F401  # its seconds are none of the first comparison's
+
     from abba.text.expressions import same_expression
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limit is off

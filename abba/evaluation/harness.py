@@ -46,11 +46,13 @@ def run_harness(
         data: a directory of task definitions beside the harness's own. Functions that they name are run.
 
     Raises:
-        ArgumentError: lm_eval is not installed, or is given what it does not take.
+        ArgumentError: lm_eval is not installed, or is given what it does not take; or too much for the GPU's memory.
         DataError: it has no such task, or cannot read its data.
         CheckpointError: base or adapter is damaged, or `output` cannot be written.
     """
     _refuse(task, data, engine, max_ungraded, ranks)
+    names = task.removeprefix(PREFIX).split(",")
+    manager = _task_manager(names, data)
     make_directory(output, "output directory")
     tokenizer, gpus = load_tokenizer(subject.base), visible_gpus()
     model = load_for_generation(subject.base, subject.adapter, dtype, dict.fromkeys(range(gpus.count), gpus.usable))
@@ -58,7 +60,7 @@ def run_harness(
     stops, padding = stop_ids(subject.base, tokenizer, None), padding_id(tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=padding)
     say(f"{task}: by lm_eval {version('lm_eval')}, with its prompts; it does not continue when killed")
-    found = _evaluate(model, tokenizer, task.removeprefix(PREFIX).split(","), data, limit, batch_size, max_new_tokens)
+    found = _evaluate(model, tokenizer, names, manager, limit, batch_size, max_new_tokens)
     scores = {
         "task": task,
         "headline": _headline(found["results"]),
@@ -94,17 +96,8 @@ def _refuse(task: str, data: str | None, engine: str, max_ungraded: int, ranks: 
         raise DataError(f"{data}: is no directory of task definitions, which --data is for {PREFIX}TASK")
 
 
-def _evaluate(
-    model: Any,
-    tokenizer: Any,
-    tasks: list[str],
-    data: str | None,
-    limit: int | None,
-    batch_size: int,
-    max_new_tokens: int | None,
-) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+def _task_manager(tasks: list[str], data: str | None) -> Any:
+    """The harness's own list of tasks, after a look at it: a model takes minutes to load."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -112,6 +105,21 @@ def _evaluate(
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         raise DataError(f"{PREFIX}{unknown[0]}: lm_eval has no such task; `lm_eval ls tasks` shows them")
+    return manager
+
+
+def _evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: list[str],
+    manager: Any,
+    limit: int | None,
+    batch_size: int,
+    max_new_tokens: int | None,
+) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     try:
         return simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
@@ -121,6 +129,8 @@ def _evaluate(
             task_manager=manager,
             log_samples=True,
         )
+    except torch.OutOfMemoryError as error:
+        raise ArgumentError(f"out of GPU memory: {first_line(error)}; use a smaller batch size") from None
     except Exception as error:  # of datasets, the Hub, jinja, a task's own functions
         raise DataError(f"{PREFIX}{','.join(tasks)}: lm_eval: {type(error).__name__}: {first_line(error)}") from error
 
@@ -128,8 +138,11 @@ def _evaluate(
 def _headline(results: dict[str, dict[str, Any]]) -> str:
     shown = []
     for name, result in results.items():
-        values = {key.split(",")[0]: value for key, value in result.items() if isinstance(value, float)}
-        metrics = [f"{key} {value:.4f}" for key, value in values.items() if not key.endswith("_stderr")]
+        metrics = []
+        for key, value in result.items():
+            metric, _, chosen = key.partition(",")  # by which filter of the answers, of which a task may have several
+            if chosen and type(value) in (int, float) and not metric.endswith("_stderr"):
+                metrics.append(f"{metric}{'' if chosen == 'none' else f' ({chosen})'} {value:.4f}")
         shown.append(f"{PREFIX}{name}: {', '.join(metrics)}")
     return "; ".join(shown)
 

@@ -99,9 +99,14 @@ class Kept:
                     f"{self.output}: holds unfinished generations with other settings: {changes}; set it back, choose "
                     f"another output directory, or delete {self.directory}"
                 )
-            shutil.rmtree(self.directory)
             discarded = f"{self.output}: earlier generations are discarded: {changes}"
+        elif not path.is_file() and self.directory.is_dir():  # what a kill has left of discarding them
+            discarded = (
+                f"{self.output}: earlier generations are discarded: nothing says with which settings they were made"
+            )
         try:
+            if discarded:
+                shutil.rmtree(self.directory)
             self.directory.mkdir(exist_ok=True)
             for name in (SCORES, GENERATIONS):  # until they are written anew
                 (self.output / name).unlink(missing_ok=True)
@@ -144,9 +149,12 @@ class Kept:
 
 
 def batches_by_length(prompts: list[list[int]], size: int) -> list[list[int]]:
-    """Indices of `prompts` in batches of `size`, the shortest first, so that little is padded."""
+    """Indices of `prompts` in batches of `size`, of similar length so that little is padded.
+
+    The longest first: what is too much for the memory is so at once.
+    """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return [order[start : start + size] for start in range(0, len(order), size)][::-1]
 
 
 def _changes(earlier: Any, now: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from abba.errors import CheckpointError
+from abba.errors import ArgumentError
 from abba.storage import in_gb
 
 MARGIN = 0.1  # of a GPU's memory: CUDA's own, the activations of a prompt, fragmentation
@@ -77,7 +77,7 @@ def choose(
         ranks: that share the rows, each with GPUs of its own.
 
     Raises:
-        CheckpointError: it does not fit.
+        ArgumentError: it does not fit.
     """
     weights = in_gb(demands["transformers"].weights)
     if gpus.count == 0:
@@ -96,7 +96,7 @@ def choose(
         notes.append(_too_much(engine, most[engine], demands[engine], gpus))
     together = "start it as one process, which takes all GPUs of the node, or "
     way_out = f"each of {ranks} ranks has its own; {together}" if ranks > 1 else ""
-    raise CheckpointError(
+    raise ArgumentError(
         f"the model has {weights} of weights, there {'is' if gpus.count == 1 else 'are'} {have}: {'; '.join(notes)}; "
         f"{way_out}use more or larger GPUs, or a smaller batch size and fewer new tokens"
     )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def evaluate(
             f"{output}: all {len(texts)} generations are empty: the model ends at once; are base, adapter and prompt "
             "those of one training?"
         )
-    grades = list(grade_all(questions, texts, max_ungraded))
+    grades = grade_all(questions, texts, max_ungraded)
     origin = {
         "data": data or TASKS[questions[0].task].hub_path,
         "adapter": str(subject.given) if subject.given else None,
@@ -106,13 +107,18 @@ def _generate(task: str, plan: Plan, kept: Kept, rows: int, ranks: Ranks, say: C
         say(f"{task}: {len(kept.texts)} of {rows} rows are generated already, in {kept.directory}")
     if ranks.world_size > 1:
         say(f"{task}: {ranks.world_size} ranks take every {ranks.world_size}th batch of similar length")
-    wanted, started = sum(map(len, share)), time.monotonic()
+        if len(plan.batches) < ranks.world_size:
+            say(
+                f"{task}: there are {len(plan.batches)} batches, so the other ranks have nothing to do; a smaller "
+                "batch size makes more"
+            )
     if not share:
         return
+    ends, started = list(accumulate(map(len, share))), time.monotonic()
     for done, (row, text) in enumerate(plan.generate(share), 1):
         kept.add(row, text)
-        if done % len(share[0]) == 0 or done == wanted:
-            say(f"{task}: {done}/{wanted}, {time.monotonic() - started:.0f} s")
+        if done in ends:
+            say(f"{task}: {done}/{ends[-1]}, {time.monotonic() - started:.0f} s")
 
 
 def _summary(task: str, questions: list[Question], texts: list[str], grades: list[Grade]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from abba.adapter.config import FullConfig
 from abba.adapter.directory import (
     ABBA_CONFIG,
@@ -27,7 +29,7 @@ from abba.layout import ADAPTER, CHECKPOINTS
 from abba.storage import hash_file
 from abba.text.prompt import DEFAULT_PROMPT
 
-SAMPLE = 1 << 16  # bytes at the start, middle and end of a weights file that stand for all of it
+SAMPLE = 2048  # elements at the start, middle and end of a tensor that stand for all of it
 
 
 @dataclass(frozen=True)
@@ -138,14 +140,13 @@ def _standalone(given: Path, destination: Path, say: Callable[[str], None]) -> P
 
 
 def _hash_base(base: Path) -> str:
-    """Of config.json and samples of the weights: to hash all of a 70B takes minutes, and training changes all of it."""
+    """Of config.json and samples of every tensor: to hash all of a 70B takes minutes, and a merge may change few."""
     digest = hashlib.sha256((base / "config.json").read_bytes())
     with BaseFiles(base) as files:
-        for name in sorted(files.files):
-            with (base / name).open("rb") as file:
-                size = file.seek(0, 2)
-                digest.update(f"{name} {size}".encode())
-                for start in (0, max(0, size // 2), max(0, size - SAMPLE)):
-                    file.seek(start)
-                    digest.update(file.read(SAMPLE))
+        for name in sorted(files.names):
+            stored = files.stored(name)
+            digest.update(f"{name} {stored.shape} {stored.dtype}".encode())
+            for start in (0, stored.numel // 2, max(0, stored.numel - SAMPLE)):
+                values = files.read(name, start, min(start + SAMPLE, stored.numel))
+                digest.update(memoryview(values.view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]

@@ -15,7 +15,8 @@ _NUMBER = rf"{_SIGN}?\s{{0,3}}{_CURRENCY}\s{{0,3}}{_SIGN}?{_FRACTION}"
 _DECORATION = r"(?:[\s*_`(]|\\boxed\{|\\[(\[]|\$(?=\\))*"
 _MARKED = (
     re.compile(rf"####{_DECORATION}({_NUMBER})"),  # GSM8K
-    re.compile(rf"answer\s+is\s*:?{_DECORATION}({_NUMBER})", re.IGNORECASE),  # MetaMathQA
+    # MetaMathQA. The colon is not given back: of blanks that both might take, each split would be tried.
+    re.compile(rf"answer\s+is(?:\s*:)?+{_DECORATION}({_NUMBER})", re.IGNORECASE),
 )
 _ANY = re.compile(_NUMBER)
 # In running text a sign belongs to a number only if it touches it and follows no other term: not in 5-3, 7 - 2, x-1.
@@ -40,6 +41,12 @@ def extract_any_number(text: str) -> str | None:
         return marked
     numbers = _IN_TEXT.findall(_without_latex(text))
     return numbers[-1].strip() if numbers else None
+
+
+def the_number(text: str) -> str | None:
+    """The only number in a text that marks none; None where there are several, of which any might be the answer."""
+    numbers = _IN_TEXT.findall(_without_latex(text))
+    return numbers[0].strip() if len(numbers) == 1 else None
 
 
 def parse_number(text: str | None) -> Fraction | None:

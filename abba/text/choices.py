@@ -19,8 +19,9 @@ OPTIONS = {
     "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
 }
 _WORD = r"(?<![A-Za-z0-9])(?:{words})(?![A-Za-z0-9])"
+# Colons are not given back: of blanks that two parts of a pattern might take, each split would be tried.
 _LETTER = re.compile(
-    r"(?i:answer|option|choice|solution|ending)(?:(?i:\s+is))?\s*:?[\s*(\"'`]*([A-E1-5])(?=[)\"'*`.,:]|\s*$)"
+    r"(?i:answer|option|choice|solution|ending)(?:(?i:\s+is))?(?:\s*:)?+[\s*(\"'`]*([A-E1-5])(?=[)\"'*`.,:]|\s*$)"
 )
 _ALONE = re.compile(r"[\s*(\"'`]*([A-Ea-e1-5])[)\"'*`.,:\s]*")
 _YES_NO = re.compile(r"[\s*\"'`]*(yes|no)\b", re.IGNORECASE)
@@ -53,7 +54,7 @@ def extract_any_choice(text: str, options: tuple[str, ...]) -> str | None:
 @cache
 def _stated(options: tuple[str, ...]) -> re.Pattern[str]:
     words = "|".join(map(re.escape, options))
-    return re.compile(rf"correct\s+answer\s+is\s*:?[\s*(\"'`]*({words})(?![A-Za-z0-9])", re.IGNORECASE)
+    return re.compile(rf"\bcorrect\s+answer\s+is(?:\s*:)?+[\s*(\"'`]*({words})(?![A-Za-z0-9])", re.IGNORECASE)
 
 
 @cache

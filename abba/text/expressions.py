@@ -6,11 +6,15 @@ import re
 from abba.errors import RecipeError
 from abba.text.answers import extract_any_number
 
-_STATED = re.compile(r"answer\s+is\s*:?[ \t*]*(\S[^\n]*)", re.IGNORECASE)
+# Mathematics between its own brackets may take several lines, words one.
+_STATED = re.compile(
+    r"answer\s+is(?:\s*:)?+[\s*]*+(\$\$[\s\S]{1,1000}?\$\$|\\\[[\s\S]{1,1000}?\\\]|\S[^\n]*)", re.IGNORECASE
+)
+_ONLY_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s,'’-]+[^\W\d_]+)*")  # as in "the answer is correct"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\(?:left|right|,|!|;|:|quad|qquad| )|\s+")
+_SPACING = re.compile(r"\\(?:left|right|,|!|;|:|quad|qquad| )|(?<![0-9])\s+|\s+(?![0-9])")  # 3 4 is not 34
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _LONGEST = 1000  # characters; a longer one is no final answer
 
@@ -26,10 +30,20 @@ def require_math_verify() -> None:
 
 
 def extract_expression(text: str) -> str | None:
-    r"""The content of `\boxed{...}` or what follows `The answer is:`, whichever comes last; None without either."""
-    found = [(start, content) for start, content in _all_boxed(text) if content]
-    found += [(match.start(1), _sentence(match[1])) for match in _STATED.finditer(text)]
+    r"""The content of `\boxed{...}` or what follows `The answer is:`, whichever comes last; None without either.
+
+    Where there is a box, mere words that follow "the answer is" are no answer.
+    """
+    boxes = [(start, content) for start, content in _all_boxed(text) if content]
+    stated = [(match.start(1), _sentence(match[1])) for match in _STATED.finditer(text)]
+    found = boxes + [answer for answer in stated if not (boxes and _ONLY_WORDS.fullmatch(answer[1]))]
     return _short(max(found)[1]) if found else None
+
+
+def reference_expression(solution: str) -> str | None:
+    """The answer of a reference solution in the style of MATH, whose last box holds it."""
+    boxes = [content for _, content in _all_boxed(solution) if content]
+    return _short(boxes[-1]) if boxes else extract_expression(solution)
 
 
 def extract_any_expression(text: str) -> str | None:
@@ -56,7 +70,8 @@ def same_expression(extracted: str, reference: str) -> bool:
 
     # LaTeX alone: its reader of plain expressions hands a model's text to Python's eval.
     limits = {"extraction_config": [LatexExtractionConfig()], "parsing_timeout": None, "raise_on_error": True}
-    gold, target = (parse(f"${re.sub(_DOLLAR, '', _bare(text))}$", **limits) for text in (reference, extracted))
+    lines = (" ".join(re.sub(_DOLLAR, "", _bare(text)).split()) for text in (reference, extracted))
+    gold, target = (parse(f"${line}$", **limits) for line in lines)  # its pattern for $ ends with the line
     return bool(verify(gold, target, timeout_seconds=None, raise_on_error=True))
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from abba.text.answers import extract_answer, extract_any_number, parse_number, same_number
+from abba.text.answers import extract_answer, extract_any_number, parse_number, same_number, the_number
 from abba.text.choices import OPTIONS, extract_any_choice, extract_choice
-from abba.text.expressions import extract_any_expression, extract_expression, same_expression
+from abba.text.expressions import extract_any_expression, extract_expression, reference_expression, same_expression
 from abba.text.prompt import response_of
 
 COMMONSENSE = tuple(OPTIONS)
@@ -55,6 +55,8 @@ def members(task: str) -> tuple[str, ...]:
 def reference_answer(task: str, reference: str) -> str | None:
     """The answer of a reference solution; None when it has none that could be compared."""
     if task == "gsm8k":
-        answer = extract_answer(reference) or reference
+        answer = extract_answer(reference) or the_number(reference)
         return answer if parse_number(answer) is not None else None
+    if task == "math":
+        return reference_expression(reference)
     return GRADERS[task].strict(reference)

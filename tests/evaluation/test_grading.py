@@ -46,24 +46,26 @@ def test_a_bug_in_a_grader_ends_the_evaluation_with_the_row(monkeypatch):
     monkeypatch.setitem(GRADERS, "gsm8k", dataclasses.replace(GRADERS["gsm8k"], same=fails))
     asked = [Question("gsm8k", row, "", "", "3") for row in range(2)]
     with pytest.raises(RuntimeError, match="gsm8k: the grader failed on row 2"):
-        list(grade_all(asked, ["nothing to compare", "#### 3"], max_ungraded=9))
+        grade_all(asked, ["nothing to compare", "#### 3"], max_ungraded=9)
 
 
 def test_what_fails_names_the_row_and_can_be_counted_as_wrong_by_name(comparing):
     comparing("child_that_fails")
-    asked, texts = questions("math", 3), [FINE, BAD, FINE]
-    with pytest.raises(DataError, match="math: row 2 cannot be graded: math-verify: TypeError: no order") as error:
-        list(grade_all(asked, texts, max_ungraded=0))
-    assert "--max-ungraded 1" in str(error.value) and "\n" not in str(error.value) and error.value.exit_code == 65
-    grades = list(grade_all(asked, texts, max_ungraded=1))
-    assert [grade.strict_right for grade in grades] == [True, False, True]
-    assert [bool(grade.undecided) for grade in grades] == [False, True, False]
+    asked, texts = questions("math", 4), [FINE, BAD, FINE, BAD]
+    with pytest.raises(
+        DataError, match="math: 2 of 4 rows cannot be graded, row 2 first: math-verify: TypeError: no order"
+    ) as error:
+        grade_all(asked, texts, max_ungraded=0)
+    assert "--max-ungraded 2" in str(error.value) and "\n" not in str(error.value) and error.value.exit_code == 65
+    grades = grade_all(asked, texts, max_ungraded=2)
+    assert [grade.strict_right for grade in grades] == [True, False, True, False]
+    assert [bool(grade.undecided) for grade in grades] == [False, True, False, True]
 
 
 def test_a_process_that_dies_is_named(comparing):
     comparing("child_that_dies")
-    with pytest.raises(DataError, match="row 1 cannot be graded: math-verify ended with 0"):
-        list(grade_all(questions("math", 1), [FINE], max_ungraded=0))
+    with pytest.raises(DataError, match="1 of 1 rows cannot be graded, row 1 first: math-verify ended with 0"):
+        grade_all(questions("math", 1), [FINE], max_ungraded=0)
 
 
 def test_a_comparison_without_end_is_ended_and_the_next_row_is_graded(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from abba import save_adapter
-from abba.errors import DataError, RecipeError
+from abba.errors import ArgumentError, DataError, RecipeError
 from abba.evaluation.harness import run_harness
 from abba.evaluation.subject import Subject
 from abba.sharded.ranks import Ranks
@@ -46,7 +46,10 @@ def test_the_harness_gets_the_model_with_its_adapter_and_its_result_is_kept(harn
         scores = run(tmp_path / "out", adapter=adapter, max_new_tokens=6)
         assert scores == json.loads((tmp_path / "out/scores.json").read_text())
         assert scores["lm_eval"] == "0.4.13+stand.in" and scores["n"] == {"first_word": 2}
-        assert scores["headline"] == "lm-eval:first_word: acc 0.7500, brier 0.5000"
+        assert scores["headline"] == (
+            "lm-eval:first_word: acc 0.7500, brier 0.5000, exact_match (strict-match) 0.2500, "
+            "exact_match (flexible-extract) 1.0000"
+        )
         assert scores["results"]["first_word"]["acc_95,none"] == pytest.approx([0.554, 0.946], abs=1e-4)
         lines = [json.loads(line) for line in (tmp_path / "out/generations.jsonl").read_text().splitlines()]
         assert [line["task"] for line in lines] == ["first_word"] * 2
@@ -66,6 +69,7 @@ def test_an_answer_ends_at_eos(harness, tmp_path):
     [
         ({"task": "lm-eval:nothing"}, DataError, "lm-eval:nothing: lm_eval has no such task"),
         ({"task": "lm-eval:breaks"}, DataError, "lm_eval: ConnectionError: Couldn't reach 'somebody/data' on the Hub$"),
+        ({"task": "lm-eval:large"}, ArgumentError, "out of GPU memory: .* use a smaller batch size$"),
         ({"ranks": Ranks(0, 2)}, RecipeError, "runs on one rank, not 2"),
         ({"engine": "vllm"}, RecipeError, "leave --engine out"),
         ({"max_ungraded": 3}, RecipeError, "leave --max-ungraded out"),
@@ -76,6 +80,13 @@ def test_what_it_cannot_do_is_one_line(harness, tmp_path, changes, error, said):
     with pytest.raises(error, match=said) as refused:
         run(tmp_path / "out", **changes)
     assert "\n" not in str(refused.value) and not (tmp_path / "out/scores.json").exists()
+
+
+def test_a_task_is_looked_up_before_a_model_is_loaded(harness, tmp_path, monkeypatch):
+    monkeypatch.setattr("abba.evaluation.harness.load_for_generation", None)
+    with pytest.raises(DataError, match="has no such task"):
+        run(tmp_path / "out", "lm-eval:first_word,nothing")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(REAL, reason="lm_eval is installed")

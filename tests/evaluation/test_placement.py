@@ -2,7 +2,7 @@
 
 import pytest
 
-from abba.errors import CheckpointError
+from abba.errors import ArgumentError
 from abba.evaluation.placement import Demand, Gpus, choose, kv_cache_bytes, tensor_parallel_size
 
 GB = 10**9
@@ -73,18 +73,18 @@ def test_what_vllm_cannot_hold_transformers_may_and_the_line_says_so():
 @pytest.mark.parametrize("wanted", ["auto", "vllm", "transformers"])
 def test_what_fits_nowhere_is_one_line_with_the_way_out(wanted):
     gpus = free(2, 80)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(ArgumentError) as error:
         choose(wanted, gpus, over(gpus), SEVENTY, None)
     said = str(error.value)
     assert "141.11 GB of weights, there are 2 GPUs of 80.00 GB" in said and "smaller batch size" in said
     assert ("transformers needs" in said) == (wanted != "vllm") and ("vllm needs" in said) == (wanted != "transformers")
-    assert "\n" not in said and error.value.exit_code == 66
+    assert "\n" not in said and error.value.exit_code == 64
 
 
 def test_ranks_that_see_a_gpu_each_are_told_to_be_one_process():
     gpus, said = free(1, 80), {}
     for ranks in (1, 8):
-        with pytest.raises(CheckpointError, match="there is 1 GPU of 80.00 GB") as error:
+        with pytest.raises(ArgumentError, match="there is 1 GPU of 80.00 GB") as error:
             choose("auto", gpus, over(gpus), SEVENTY, None, ranks)
         said[ranks] = str(error.value)
     assert "; each of 8 ranks has its own; start it as one process, which takes all GPUs of the node, or use" in said[8]
@@ -93,7 +93,7 @@ def test_ranks_that_see_a_gpu_each_are_told_to_be_one_process():
 
 def test_memory_that_others_hold_counts_as_gone():
     gpus = free(8, 80, taken=55 * GB)
-    with pytest.raises(CheckpointError, match=r"can use 17\.00 GB"):
+    with pytest.raises(ArgumentError, match=r"can use 17\.00 GB"):
         choose("transformers", gpus, over(gpus), SEVENTY, None)
     assert Gpus(1, 80 * GB, GB).usable == 0
 

@@ -7,8 +7,10 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import abba.evaluation.kept
+import abba.evaluation.subject
 from abba import save_adapter
 from abba.errors import CheckpointError, RankLostError
 from abba.evaluation.kept import Kept, batches_by_length
@@ -120,11 +122,11 @@ def test_what_is_kept_is_read_again_and_half_a_line_is_dropped(tmp_path):
 
 def test_a_batch_of_which_a_row_is_missing_is_generated_whole(tmp_path):
     batches = batches_by_length([[0] * length for length in (5, 1, 4, 2, 3)], 2)
-    assert batches == [[1, 3], [4, 2], [0]]
+    assert batches == [[0], [4, 2], [1, 3]]
     first = kept(tmp_path)
     for row in (1, 3, 4):
         first.add(row, "")
-    assert first.share_of(batches) == [[4, 2], [0]]
+    assert first.share_of(batches) == [[0], [4, 2]]
     assert kept(tmp_path, Ranks(1, 2)).share_of(batches) == [[4, 2]], "of two ranks: every second batch of all"
 
 
@@ -143,6 +145,14 @@ def test_finished_ones_of_other_settings_are_replaced_with_a_line(tmp_path):
     again = kept(tmp_path, task="math")
     assert again.texts == {} and "task was gsm8k, is math" in again.discarded
     assert not (tmp_path / "scores.json").exists()
+
+
+def test_generations_of_unknown_settings_are_not_adopted(tmp_path):
+    kept(tmp_path).add(0, "another model's")
+    (tmp_path / "generated/settings.json").unlink()  # what a kill while they were being discarded can leave
+    again = kept(tmp_path)
+    assert again.texts == {} and "nothing says with which settings" in again.discarded
+    assert kept(tmp_path).discarded is None
 
 
 def test_a_damaged_line_is_named(tmp_path):
@@ -166,6 +176,21 @@ def test_ranks_that_wait_in_vain_say_for_what(tmp_path, monkeypatch):
     assert time.monotonic() - started < 60
     kept(tmp_path, Ranks(1, 2)).add(1, "y")
     assert main.gather(2) == ["x", "y"]
+
+
+@pytest.mark.parametrize("place", ["start", "middle", "end"])
+def test_a_merge_of_few_modules_is_another_base(tmp_path, monkeypatch, place):
+    """Of every tensor something is looked at, wherever in its file it lies."""
+    monkeypatch.setattr(abba.evaluation.subject, "SAMPLE", 4)
+    before = Subject(TINY, None).contents()
+    for name, weight in load_file(TINY / "model.safetensors").items():
+        flat = weight.flatten()
+        flat[{"start": 0, "middle": len(flat) // 2, "end": -1}[place]] += 1
+        shutil.copytree(TINY, tmp_path / name)
+        save_file(
+            load_file(TINY / "model.safetensors") | {name: flat.view_as(weight)}, tmp_path / name / "model.safetensors"
+        )
+        assert Subject(tmp_path / name, None).contents() != before, name
 
 
 def test_the_settings_are_those_that_decide_the_generations(tmp_path, monkeypatch):

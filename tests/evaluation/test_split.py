@@ -18,7 +18,7 @@ from abba import AbbaLinear, AdapterConfig, inject, load_adapter, save_adapter
 from abba.adapter.initialize import Factors
 from abba.adapter.linear import bypass
 from abba.base_model import load_tokenizer, load_whole
-from abba.errors import CheckpointError, RecipeError
+from abba.errors import ArgumentError, RecipeError
 from abba.evaluation import engine, generate
 from abba.evaluation.generate import generate_greedy, load_for_generation
 from abba.evaluation.placement import Demand, Gpus, kv_cache_bytes
@@ -91,9 +91,7 @@ def test_scores_and_generations_of_a_split_model_are_those_of_a_whole_one(adapte
 
 
 def test_layers_that_would_be_fetched_from_disk_for_every_token_are_refused(adapter):
-    with pytest.raises(
-        CheckpointError, match=r"its layers do not fit into \['1\.0 MB', '10\.0 MB'\] of memory"
-    ) as error:
+    with pytest.raises(ArgumentError, match=r"its layers do not fit into \['1\.0 MB', '10\.0 MB'\] of memory") as error:
         load_for_generation(TINY, adapter, torch.float32, {"cpu": 10**6, "disk": 10**7})
     assert "smaller batch size" in str(error.value)
 
@@ -102,7 +100,7 @@ def test_a_model_too_large_for_the_gpu_of_a_rank_is_scored_by_one_process(tmp_pa
     monkeypatch.setattr(engine, "visible_gpus", lambda: Gpus(1, 1_000_000, 1_000_000))
     settings = {"limit": 2, "batch_size": 2, "max_new_tokens": 8, "dtype": torch.float32, "say": print}
     rows = str(STORIES / "test.jsonl")
-    with pytest.raises(CheckpointError, match=r"each of 8 ranks has its own; start it as one process, which takes all"):
+    with pytest.raises(ArgumentError, match=r"each of 8 ranks has its own; start it as one process, which takes all"):
         evaluate(Subject(TINY, None), "gsm8k", rows, tmp_path, engine="transformers", ranks=Ranks(3, 8), **settings)
 
 
@@ -132,7 +130,7 @@ def test_memory_that_runs_out_while_generating_is_named(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(model, "generate", full)
-    with pytest.raises(CheckpointError, match=r"out of GPU memory with 2 sequences of .* use a smaller batch size$"):
+    with pytest.raises(ArgumentError, match=r"out of GPU memory with 2 sequences of .* use a smaller batch size$"):
         list(generate_greedy(model, load_tokenizer(TINY), [[1, 5], [1, 7]], [[0, 1]], 8, [2]))
 
 

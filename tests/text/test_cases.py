@@ -1,5 +1,6 @@
 """Extractors and graders against answers that were read by hand: cases.tsv says how it is to be read."""
 
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from abba.evaluation.grading import grade_all
 from abba.evaluation.tasks import Question
 from abba.text.answers import parse_number
-from abba.text.graders import GRADERS
+from abba.text.graders import GRADERS, reference_answer
 
 LINES = (Path(__file__).parent / "cases.tsv").read_text(encoding="utf-8").split("\n")
 CASES = [line.split("\t") for line in LINES if line and not line.startswith("#")]
@@ -51,3 +52,31 @@ def test_which_answers_are_right(task):
         if (grade.strict_right, grade.flexible_right) != RIGHT[case[1]]
     ]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("task", GRADERS)
+@pytest.mark.parametrize("between", ["\n", " ", " \n", "\n* "])
+def test_a_model_that_ends_in_blanks_is_read_at_once(task, between):
+    """Patterns that try each split of the blanks took minutes for these."""
+    text = f"The correct answer is{between * 20_000}"
+    started = time.process_time()
+    GRADERS[task].extract(text)
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    "task, reference, answer",
+    [
+        ("gsm8k", "She has 3 and buys 4.\n#### 7", "7"),
+        ("gsm8k", "7", "7"),
+        ("gsm8k", "$1,200", "$1,200"),
+        ("gsm8k", "7 apples", "7"),
+        ("gsm8k", "She has 3 apples and buys 4, so she has 7.", None),
+        ("gsm8k", "seven", None),
+        ("math", r"The answer is right, $\boxed{5}$. The answer is: 6", "5"),
+        ("math", "The answer is: 6", "6"),
+        ("math", "6", None),
+    ],
+)
+def test_the_answer_of_a_reference_is_what_it_marks_or_all_that_it_can_be(task, reference, answer):
+    assert reference_answer(task, reference) == answer

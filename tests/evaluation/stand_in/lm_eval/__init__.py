@@ -15,11 +15,14 @@ def simple_evaluate(
     asked.append({"tasks": tasks, "limit": limit, "gen_kwargs": gen_kwargs, "path": task_manager.include_path})
     if "breaks" in tasks:
         raise ConnectionError("Couldn't reach 'somebody/data' on the Hub\nmore of it")
+    if "large" in tasks:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore of it")
     samples = [
         {"doc_id": index, "doc": {"question": question}, "resps": [[model.generate(question, gen_kwargs)]], "acc": 1.0}
         for index, question in enumerate(["One and one?", "Two and two?", "Three?"][:limit])
     ]
-    result = {"alias": "first_word", "acc,none": 0.75, "acc_stderr,none": 0.1, "brier,none": 0.5}
+    result = {"alias": "first_word", "acc,none": 0.75, "acc_stderr,none": 0.1, "brier,none": 0.5, "sample_len": 3}
+    result |= {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 1}
     return {
         "results": {"first_word": result},
         "n-samples": {"first_word": {"original": 3, "effective": len(samples)}},
