@@ -22,17 +22,18 @@ from abba.errors import DataError, RecipeError
 # Rows that were counted; of a local file of lines they are counted each time.
 KNOWN_ROWS = {("openai/gsm8k", "main", "train"): 7_473}
 
+MOST = 1e9  # GiB, Gbit/s, TFLOP/s
 TABLE_GPUS, TABLE_MEMORIES = (1, 2, 4, 8, 16), (24, 48, 80, 141)
 
 
 def positive_number(text: str) -> float:
-    """An argument that is a finite number above 0."""
+    """An argument that is a number above 0, and less than anybody has."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not 0 < number < MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below {MOST:g}")
     return number
 
 
@@ -145,6 +146,7 @@ def sharding_of(zero: dict[str, Any]) -> Any:
     names = {
         "hpz": ("zero_hpz_partition_size",),
         "prefetch": ("stage3_prefetch_bucket_size", "prefetch_bucket_size"),
+        "reuse": ("stage3_max_reuse_distance", "max_reuse_distance"),
         "max_live": ("stage3_max_live_parameters", "max_live_parameters"),
         "reduce_bucket": ("reduce_bucket_size",),
     }
@@ -218,7 +220,7 @@ def steps_of(recipe: Any, rows: int | None) -> int | None:
     train = recipe.train
     if train.max_steps or rows is None:
         return train.max_steps
-    plan = BatchPlan(list(range(rows)), train.global_batch_size, train.per_device_train_batch_size, train.seed)
+    plan = BatchPlan(range(rows), train.global_batch_size, train.per_device_train_batch_size, train.seed)
     return plan.steps_for(train.num_train_epochs)
 
 

@@ -5,7 +5,8 @@
     python launch/report.py runs/sweep-1e-3 runs/sweep-2e-3 --output comparison.html --samples 20
 
 Without --output it is report.html in the first run's directory; a page that stands there is replaced. Scores are
-found where launch/evaluate.py was told to write them in a directory of the run.
+found where launch/evaluate.py was told to write them in a directory of the run. Of several runs those without a step
+are left out, with a line that says so.
 """
 
 import sys
@@ -29,17 +30,25 @@ def main() -> int:
 def write_report(paths: list[Path], output: Path, samples: int) -> Path:
     from abba.prepared import replacing
     from abba.report.page import page
-    from abba.report.run import read_run
+    from abba.report.run import NothingYetError, read_run
 
     if not output.name:  # . and /
         raise CheckpointError(f"{output}: cannot be written: Is a directory; choose another --output")
-    runs = [read_run(path, samples) for path in dict.fromkeys(paths)]
+    paths, runs = list(dict.fromkeys(paths)), []
+    for path in paths:
+        try:
+            runs.append(read_run(path, samples))
+        except NothingYetError as error:
+            if path == paths[-1] and not runs:
+                raise
+            print(f"warning: left out: {error.reason}", file=sys.stderr)
     for run in runs:
         for warning in run.warnings:
             print(f"warning: {warning}", file=sys.stderr)
+    drawn = page(runs)
     try:
         with replacing(output) as temporary:
-            temporary.write_text(page(runs), encoding="utf-8", errors="replace")
+            temporary.write_text(drawn, encoding="utf-8", errors="replace")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{output}: cannot be written: {reason}; choose another --output") from error

@@ -24,7 +24,7 @@ from common import RECIPES, end_with_reader
 from scoring import refuse_score, score
 
 from abba.sharded.ranks import Ranks, accumulation_steps, ranks_from_environment
-from abba.training.failures import World, exit_code_of, fail, wait_for_end
+from abba.training.failures import World, exit_code_of, fail, tell, wait_for_end
 from abba.training.recipe import Recipe, load_recipe
 from abba.training.run_directory import RunDirectory
 from abba.training.startup import Startup
@@ -275,7 +275,7 @@ def main() -> int:
         world.failures = directory.failures
         watch = Watch(world, before_exit=partial(directory.release, uncount=False))
         watch.start()
-        say = partial(print, flush=True) if ranks.is_main else silent
+        say = tell if ranks.is_main else silent
         wanted, overwrite = recipe.checkpoint.resume, recipe.overwrite_output_dir
         resume = directory.resume_of(wanted, ranks.job, ranks.requeued)
         if resume != wanted:
@@ -286,7 +286,7 @@ def main() -> int:
             run(recipe, ranks, directory, world, watch, startup, say)
     except KeyboardInterrupt:
         if world.rank == 0:
-            print("interrupted; what came after the last checkpoint is lost", file=sys.stderr, flush=True)
+            tell("interrupted; what came after the last checkpoint is lost", sys.stderr)
         os._exit(130)  # the way out through the libraries may wait for the other ranks
     except Exception as error:
         if watch is not None:

@@ -39,7 +39,7 @@ def _memory(plan: Plan) -> list[str]:
         "masters and moments": f"{trained:,} x {memory.MASTER_AND_MOMENTS} B",
         "reduce bucket": f"{zero.reduce_bucket:,} x {memory.FP32} B",
         "gathered layers": f"(max_live {zero.max_live:,} + the largest weight + "
-        f"{'a layer ' + format(model.layer_matrices, ',') if again else 'no layer'}, at most the base, "
+        f"{'a layer ' + format(model.layer_matrices, ',') if again or zero.reuse else 'no layer'}, at most the base, "
         f"+ prefetched {zero.prefetch:,} as copied) x {element} B",
         "activations kept": " + ".join(kept),
         "loss or a layer's backward": f"the larger of the loss, logits of {memory.CHUNK} tokens x {model.vocab:,} "
@@ -55,12 +55,13 @@ def _memory(plan: Plan) -> list[str]:
 def _traffic(plan: Plan) -> list[str]:
     job, moved, group = plan.job, plan.traffic, plan.group
     again = job.gathered(*job.replicated) * job.element_bytes if job.gpus > 1 else 0
-    one = speed.gathered_elements(job)
+    one = speed.used_elements(job) if job.gpus > 1 else 0
+    most = "" if job.sharding.reuse == 0 else "; at most: stage3_max_reuse_distance lets DeepSpeed keep some in between"
     times = "three times, a layer's last one twice" if job.checkpointing == "non_reentrant" else "twice"
     return [
         f"gathered = {one:,} elements a micro-batch (each weight of a layer {times}) x "
         f"{job.element_bytes} B x {job.accumulation} + {again:,} B of factors and norms after the update "
-        f"= {moved.gathered:,} B",
+        f"= {moved.gathered:,} B{most}",
         f"reduced = {moved.reduced // job.accumulation:,} B of fp32 gradients a micro-batch x {job.accumulation} "
         f"= {moved.reduced:,} B",
         f"into a GPU = gathered x {group - 1}/{group} of the base, x {job.gpus - 1}/{job.gpus} of the rest "

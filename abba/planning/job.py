@@ -34,6 +34,7 @@ class Sharding:
     offload: bool = False  # the base's shard lies in host memory
     prefetch: int = 50_000_000  # elements gathered ahead of use, at a time
     max_live: int = 1_000_000_000  # elements gathered beyond which nothing is prefetched
+    reuse: int = 1_000_000_000  # elements within which a weight that is used again is kept
     reduce_bucket: int = 5_000_000  # elements of gradients reduced at a time
 
 

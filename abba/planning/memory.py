@@ -57,13 +57,13 @@ def gathered_bytes(job: Job) -> int:
 
     Prefetching goes on until max_live elements are there, and the last one passes it by a bucket, which holds at least
     one weight. Recomputation gathers a whole layer beyond that limit, and keeps it until the layer's last module has
-    done its backward.
+    done its backward. So may, without it, the distance within which a weight that is used again is kept.
     """
     if job.gpus == 1 and not job.sharding.offload:
         return 0
     zero, sizes = job.sharding, [p.numel for p in job.base if not p.replicated]
     ahead = zero.max_live + max(sizes) if zero.prefetch and zero.max_live else 0
-    layer = job.architecture.layer_matrices if job.checkpointing != "none" else 0
+    layer = job.architecture.layer_matrices if job.checkpointing != "none" or zero.reuse else 0
     live = min(sum(sizes), max(ahead + layer, max(sizes)))
     copied = min(zero.prefetch, live)  # several weights are gathered as one and then copied apart
     return (live + copied) * job.element_bytes

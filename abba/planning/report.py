@@ -9,6 +9,7 @@ from abba.planning.memory import GIB
 from abba.planning.plan import Plan, largest_micro_batch
 
 SECONDS_PER_HOUR = 3600
+BF16 = 2  # bytes
 
 
 def as_dict(plan: Plan, nearest: list[tuple[str, Plan]], rows: int | None, steps: int | None) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def table(plan: Plan, name: str, rows: int | None, steps: int | None) -> str:
     job, cluster, times, moved = plan.job, plan.cluster, plan.times, plan.traffic
     gpus = f"{job.gpus} GPU{'s' * (job.gpus > 1)} ({cluster.nodes} x {cluster.gpus_per_node})"
     share = job.trainable_parameters / job.base_parameters
+    slower = "; as if in bf16, fp32 takes longer" if job.element_bytes > BF16 else ""
     lines = [
         f"{name}: {job.base_parameters:,} parameters, {job.trainable_parameters:,} train ({share:.2%})",
         f"{gpus}, global batch {job.global_batch} = {job.gpus} x {job.micro_batch} rows x {job.accumulation}, "
@@ -71,7 +73,7 @@ def table(plan: Plan, name: str, rows: int | None, steps: int | None) -> str:
         _line("into a node from others, GB", moved.between / 1e9, "{:10.2f}"),
         _line("computed by a GPU, TFLOP", sum(plan.flop.values()) / job.gpus / 1e12, "{:10.2f}"),
         _line("seconds, at least", times.least, "{:10.3g}"),
-        _line("seconds, likely", times.likely, "{:10.3g}") + f"   limited by {plan.limit}",
+        _line("seconds, likely", times.likely, "{:10.3g}") + f"   limited by {plan.limit}{slower}",
         _line("tokens/s, likely", job.step_tokens / times.likely, "{:10,.0f}"),
         "",
         *duration(plan, rows, steps),
@@ -104,7 +106,8 @@ def refusal(plan: Plan, nearest: list[tuple[str, Plan]]) -> str:
 
 
 def grid(job: Job, cluster: Cluster, gpus: Sequence[int], memories: Sequence[int]) -> str:
-    """A Markdown table: for each number and size of GPUs the largest micro-batch that fits, and what it takes.
+    """A Markdown table: for each number and size of GPUs the largest micro-batch that fits, and what it takes. A number
+    that the nodes' GPUs do not divide is rounded up to whole nodes.
 
     zero_hpz_partition_size, where the job has one, is that of the nodes, and left out on one node.
     """
@@ -118,7 +121,7 @@ def grid(job: Job, cluster: Cluster, gpus: Sequence[int], memories: Sequence[int
         hpz = per_node if job.sharding.hpz > 1 and sized.nodes > 1 else 1
         of_size = replace(job, sharding=replace(job.sharding, hpz=hpz))
         plans = [largest_micro_batch(of_size, replace(sized, gpu_memory_gib=float(memory))) for memory in memories]
-        lines.append(f"| {count} | " + " | ".join(map(_cell, plans)) + " |")
+        lines.append(f"| {sized.gpus} | " + " | ".join(map(_cell, plans)) + " |")
     if job.sharding.hpz > 1:
         lines.append("\non several nodes with the zero_hpz_partition_size of their GPUs, on one without")
     return "\n".join(lines)

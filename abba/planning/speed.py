@@ -29,10 +29,10 @@ class Traffic:
     from_host: int  # read by a GPU from host memory
 
 
-def gathered_elements(job: Job) -> int:
-    """Elements of the base that a GPU gathers for one micro-batch, with their padding."""
-    if job.gpus == 1:
-        return 0
+def used_elements(job: Job) -> int:
+    """Elements of the base that a GPU gathers for one micro-batch, with their padding; alone it has them, or reads them
+    from the host.
+    """
     model = job.architecture
     layer = {name: job.gathered(out * into) for name, (out, into, _) in model.linears().items()}
     whole = sum(layer.values())
@@ -50,7 +50,8 @@ def gathered_elements(job: Job) -> int:
 
 def traffic(job: Job, cluster: Cluster) -> Traffic:
     """Bytes of one optimizer step."""
-    base = gathered_elements(job) * job.element_bytes * job.accumulation
+    used = used_elements(job) * job.element_bytes * job.accumulation
+    base = used if job.gpus > 1 else 0
     again = job.gathered(*job.replicated) * job.element_bytes if job.gpus > 1 else 0  # after the update
     reduced = job.gathered(*(p.numel for p in job.factors)) * FP32 * job.accumulation
     group = job.sharding.hpz if job.sharding.hpz > 1 else job.gpus
@@ -61,7 +62,7 @@ def traffic(job: Job, cluster: Cluster) -> Traffic:
         reduced=reduced,
         within=base * (group - 1) / group + (again + reduced) * everyone,
         between=base * crossing + (again + reduced) * others,
-        from_host=base // group if job.sharding.offload else 0,
+        from_host=used // group if job.sharding.offload else 0,
     )
 
 
@@ -99,7 +100,7 @@ class Times:
 
 
 def times(job: Job, cluster: Cluster) -> Times:
-    """Seconds of one optimizer step."""
+    """Seconds of one optimizer step, in bf16: how fast a GPU is in fp32 the cluster does not say."""
     moved, work = traffic(job, cluster), sum(flop(job).values())
     compute = work / job.gpus / (cluster.gpu_tflops * 1e12)
     within = moved.within * 8 / (cluster.intra_node_gbps * 1e9)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,13 @@ from abba.layout import GENERATIONS, METRICS, RECIPE, SCORES
 from abba.parsing import MAX_JSON_BYTES, parse_json
 from abba.storage import open_regular, read_json
 
+LARGEST = 1e300  # that can be drawn: the distance of two such numbers is still one
+
 Record = dict[str, Any]
+
+
+class NothingYetError(CheckpointError):
+    """A run that has not begun."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,19 @@ def read_run(path: Path, samples: int) -> Run:
         samples: generations to keep of each score.
 
     Raises:
-        CheckpointError: it is no run's directory, nothing was measured yet, or a file in it is damaged. Only the last
-            line of metrics.jsonl may be half-written, as a kill leaves it: it is left out, and `warnings` says so.
+        NothingYetError: nothing was measured yet.
+        CheckpointError: it is no run's directory, or a file in it is damaged. Only the last line of metrics.jsonl may
+            be half-written, as a kill leaves it: it is left out, and `warnings` says so.
     """
     if not _is_directory(path):
         raise CheckpointError(f"{path}: is no directory that can be read; give the output_dir of a run")
+    if not (path / METRICS).exists():
+        raise NothingYetError(
+            f"{path}: has no {METRICS}; wait for the run's first steps, or give the output_dir of a run"
+        )
     records, warnings = _metrics(path / METRICS)
     if not any("loss" in record for record in records):
-        raise CheckpointError(f"{path / METRICS}: holds no step yet; wait for the run's first steps")
+        raise NothingYetError(f"{path / METRICS}: holds no step yet; wait for the run's first steps")
     with os.fdopen(open_regular(path / RECIPE), "rb") as file:
         recipe = file.read(MAX_JSON_BYTES).decode(errors="replace")
     scores = [_score(found.parent, path, samples) for found in sorted(path.glob(f"*/{SCORES}"))]
@@ -107,7 +117,7 @@ def _parsed(line: bytes, path: Path, number: int) -> Record:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and isfinite(value)
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def _is_directory(path: Path) -> bool:

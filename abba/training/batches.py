@@ -1,6 +1,6 @@
 """Tokens to micro-batches, as a pure function of seed and step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,12 +117,12 @@ class BatchPlan:
 
     def __init__(
         self,
-        rows: list[int],
+        rows: Sequence[int],
         global_batch: int,
         micro_batch: int,
         seed: int,
         length: Callable[[int], int] | None = None,
-        epoch_rows: Callable[[int], list[int]] | None = None,
+        epoch_rows: Callable[[int], Sequence[int]] | None = None,
     ) -> None:
         self.epoch_rows = epoch_rows or (lambda epoch: rows)
         self.rows_per_epoch = len(self.epoch_rows(0))

@@ -11,10 +11,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from abba.errors import AbbaError, CheckpointError, RankLostError, RecipeError, first_line
 from abba.storage import read_json, write_json
@@ -40,6 +41,12 @@ class Failure:
     what: str
     exit_code: int
     is_echo: bool = False  # a broken connection, the consequence of something else
+
+
+def tell(line: str, file: TextIO | None = None) -> None:
+    """A line for people, on stdout by default. A log whose disk is full, or whose reader is gone, ends no run."""
+    with suppress(OSError):
+        print(line, file=file or sys.stdout, flush=True)
 
 
 def wait_for_end(others: list[Peer]) -> None:
@@ -81,7 +88,7 @@ class World:
             write_json(final.with_suffix(".tmp"), failure.__dict__)
             final.with_suffix(".tmp").replace(final)
         except OSError as error:  # a full disk, perhaps the very failure; the others then time out or are ended
-            print(f"rank {failure.rank}: WARNING: cannot tell the other ranks: {error}", file=sys.stderr)
+            tell(f"rank {failure.rank}: WARNING: cannot tell the other ranks: {error}", sys.stderr)
 
     def announced(self) -> list[Failure]:
         """Failures of other ranks of this start; until its name is known, since this process began. Causes first."""
@@ -187,7 +194,5 @@ def fail(error: BaseException, world: World) -> None:
     world.announce(failure)
     if rank > 0:
         time.sleep(OTHERS_SPEAK_SECONDS)
-    print(f"{trace}{f'[rank {rank}] ' if rank else ''}{line}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    tell(f"{trace}{f'[rank {rank}] ' if rank else ''}{line}", sys.stderr)
     os._exit(failure.exit_code)

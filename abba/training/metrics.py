@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,17 @@ class Reporter:
     def say(self, line: str) -> None:
         """One plain line, on rank 0."""
         if self._console is not None:
-            self._console.print(line, markup=False)
-            sys.stdout.flush()
+            with suppress(OSError):  # as `tell`
+                self._console.print(line, markup=False)
+                sys.stdout.flush()
 
     def step(self, record: dict[str, Any]) -> None:
         """A finished optimizer step; `record` goes to metrics.jsonl as it is."""
         if self._file is None:
             return
         self._write(record)
-        self._track({key: value for key, value in record.items() if isinstance(value, int | float)})
         done = record["step"]
+        self._pass_on(done, {key: value for key, value in record.items() if isinstance(value, int | float)})
         if self._first_step is None:
             self._first_step = done - 1
         short = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
@@ -98,7 +100,7 @@ class Reporter:
         """The held-out loss after `step`, as a line of its own."""
         if self._file is not None:
             self._write({"step": step, "eval_loss": loss})
-            self._track({"eval_loss": loss})
+            self._pass_on(step, {"eval_loss": loss})
             self.say(f"step {step}/{self._steps}  eval loss {loss:.4f}")
 
     def saved(self, step: int, cost: dict[str, Any]) -> None:
@@ -108,6 +110,12 @@ class Reporter:
             self.say(f"step {step}/{self._steps}  saved {cost['save_bytes']:,} bytes in {cost['save_seconds']:.1f} s")
             if "save_warning" in cost:
                 self.say(f"checkpoint: WARNING: {cost['save_warning']}")
+
+    def _pass_on(self, step: int, values: Mapping[str, float]) -> None:
+        try:
+            self._track(values)
+        except OSError as error:
+            self.say(f"metrics: WARNING: step {step} is not where else the recipe logs to: {error.strerror}")
 
     def _write(self, record: dict[str, Any]) -> None:
         self._pending += json.dumps(record).encode() + b"\n"

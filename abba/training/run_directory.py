@@ -117,6 +117,7 @@ class RunDirectory:
             for path in remove_leftovers(self.checkpoints):
                 say(f"checkpoint: removed {path}, which an earlier start left unfinished")
             self._keep_metrics(step, say)
+            self.metrics.touch()
             self.recipe.write_text(dump_yaml(recipe), encoding="utf-8")
             if job is None:
                 self._begun.unlink(missing_ok=True)
@@ -150,7 +151,7 @@ class RunDirectory:
             )
 
     def _check_earlier_run(self, resume: str, overwrite: bool) -> None:
-        results = [path for path in (self.adapter, self.model) if path.exists()]
+        results = [path for path in self._results if path.exists()]
         earlier = [path for path in (self.checkpoints, *results, self.metrics) if path.exists()]
         if resume == "never" and earlier and not overwrite:
             raise CheckpointError(
@@ -161,6 +162,11 @@ class RunDirectory:
             raise CheckpointError(
                 f"output_dir {self.path}: holds {results[0].name} and no checkpoint to continue from; choose another "
                 "output_dir, or discard it with checkpoint.resume=never overwrite_output_dir=true"
+            )
+        if self.recipe.exists() and not earlier and not overwrite:  # a run makes the metrics first
+            raise CheckpointError(
+                f"output_dir {self.path}: holds a {self.recipe.name} that no run has written and that this one would "
+                "replace; rename it, or choose another output_dir"
             )
         for result in (self.adapter, self.model):
             refuse_occupied(result, overwrite=True)

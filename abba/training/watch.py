@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from abba.errors import AbbaError, PreemptedError, RankLostError
-from abba.training.failures import Failure, World
+from abba.training.failures import Failure, World, tell
 from abba.training.processes import launchers_above, process_started
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -26,6 +26,7 @@ WITHOUT_LAUNCHER_SECONDS = 8  # a last save, if a step ends in time; then no orp
 POLL_SECONDS = 0.5
 FOLLOW_SECONDS = 3  # the main thread's own error says more than ours; it has so long to end by itself
 DEAD_PEER_SECONDS = 6
+SHOW_CURSOR = "\x1b[?25h"
 # A launcher passes on a signal that the terminal or the batch system has sent to its ranks as well.
 SAME_REQUEST_SECONDS = 2
 
@@ -140,7 +141,9 @@ class Watch:
         self._ended = True
         rank = self._world.rank
         try:
-            print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
+            if sys.stdout.isatty():
+                tell(SHOW_CURSOR)  # which a progress bar has hidden
+            tell(f"[rank {rank}] {error}" if rank else str(error), sys.stderr)
             if announce:
                 self._world.announce(Failure(rank, error.reason, error.exit_code))
             self._before_exit()

@@ -97,7 +97,7 @@ def test_gemmas_last_module_of_a_layer_is_a_norm(tmp_path, arguments):
 
 def test_defaults_are_those_of_the_engine():
     zero = DeepSpeedZeroConfig(**engine_config(torch.bfloat16, 1, 1, 1.0, {}, Ranks())["zero_optimization"])
-    limits = (zero.prefetch_bucket_size, zero.max_live_parameters, zero.reduce_bucket_size)
+    limits = (zero.prefetch_bucket_size, zero.max_live_parameters, zero.max_reuse_distance, zero.reduce_bucket_size)
     assert Sharding() == Sharding(zero.zero_hpz_partition_size, zero.offload_param is not None, *limits)
 
 

@@ -109,6 +109,7 @@ def test_the_table_of_gpus(tmp_path):
         (2, ["--recipe", "gsm8k", "--nodes", "0"], "'0' is not a whole number of at least 1"),
         (2, ["--recipe", "gsm8k", "--gpu-memory-gib", "-8"], "'-8' is not a number above 0"),
         (2, ["--recipe", "gsm8k", "--gpu-tflops", "inf"], "'inf' is not a number above 0"),
+        (2, ["--recipe", "gsm8k", "--gpu-memory-gib", "1e308"], "'1e308' is not a number above 0 and below 1e+09"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, code, arguments, words):

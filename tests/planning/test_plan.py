@@ -12,7 +12,7 @@ from abba.planning.job import Cluster, Job, Sharding
 from abba.planning.known_models import KNOWN
 from abba.planning.memory import GIB
 from abba.planning.plan import nearest, plan
-from abba.planning.report import grid
+from abba.planning.report import grid, table
 
 NODE = Cluster()
 
@@ -121,6 +121,31 @@ def test_offload_moves_the_base_to_the_host_and_reads_it_from_there():
     assert there.gpu["base shard"] == 0 and here.host["base shards"] == 0
     assert there.host["base shards"] == 8 * here.gpu["base shard"]
     assert there.traffic.from_host > 0 == here.traffic.from_host
+
+
+def test_one_gpu_reads_all_of_an_offloaded_base_twice_a_micro_batch():
+    alone = plan(job("70B", sharding=Sharding(offload=True)), Cluster(gpus_per_node=1, gpu_memory_gib=1000))
+    base = alone.job.base_parameters * 2 * alone.job.accumulation
+    assert 1.9 * base < alone.traffic.from_host < 2 * base and alone.traffic.gathered == 0
+    assert alone.limit == "host memory" and alone.times.likely > alone.times.host
+
+
+def test_what_is_kept_for_a_second_use_is_a_layer_more_and_fewer_gathers():
+    kept, not_kept = (job(checkpointing="none", sharding=Sharding(reuse=reuse, max_live=0)) for reuse in (10**9, 0))
+    layer, largest = kept.architecture.layer_matrices, 128_256 * 4096
+    kept, not_kept = (plan(wanted, NODE) for wanted in (kept, not_kept))
+    assert kept.gpu["gathered layers"] >= not_kept.gpu["gathered layers"] and layer < largest
+    assert "; at most: stage3_max_reuse_distance" in explain(kept) and "at most:" not in explain(not_kept)
+
+
+def test_the_table_names_the_gpus_that_it_counts_with():
+    shown = grid(job(micro_batch=1, global_batch=48), Cluster(gpus_per_node=6), (4, 8, 16), (80,)).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in shown] == ["| 4", "| 12", "| 18"]
+
+
+def test_fp32_is_said_to_be_timed_as_bf16():
+    shown = [table(plan(job(element_bytes=size), NODE), "x", None, 10) for size in (2, 4)]
+    assert ["as if in bf16" in text for text in shown] == [False, True]
 
 
 def test_the_least_time_is_a_bound():

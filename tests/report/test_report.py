@@ -117,7 +117,7 @@ def _without_directory(run):
     "damage, expected",
     [
         (_without_directory, "is no directory"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "cannot be opened"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "has no metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "holds no step yet"),
         (lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "lo'), "holds no step yet"),
         (lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"st\n'), "line 2 is not JSON"),
@@ -138,6 +138,23 @@ def test_bad_input_is_one_line(tmp_path, damage, expected):
     said = [line for line in finished.stderr.splitlines() if not line.startswith("warning:")]
     assert len(said) == 1 and expected in said[0], finished.stderr
     assert not (run / "report.html").is_file() and not list(run.glob(".report*"))
+
+
+def test_of_several_runs_those_that_have_not_begun_are_left_out_with_a_word(tmp_path):
+    begun, empty = made(tmp_path / "begun"), tmp_path / "empty"
+    empty.mkdir()
+    finished = report(tmp_path, empty, begun, empty.with_name("begun"), "--output", tmp_path / "page.html")
+    assert finished.returncode == 0 and (tmp_path / "page.html").is_file(), finished.stderr
+    assert f"warning: left out: {empty}: has no metrics.jsonl" in finished.stderr
+    finished = report(tmp_path, empty, "--output", tmp_path / "none.html")
+    assert finished.returncode == 66 and not (tmp_path / "none.html").exists()
+
+
+def test_numbers_that_no_axis_holds_are_left_out(tmp_path):
+    run = made(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": 900 + n, "loss": 1.7e308 * (-1) ** n}) + "\n" for n in range(2))
+    assert report(tmp_path, run).returncode == 0
 
 
 @pytest.mark.parametrize("output", [".", "/"])

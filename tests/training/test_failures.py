@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from abba.errors import CheckpointError
+from abba.errors import CheckpointError, PreemptedError
 from abba.training import failures
 from abba.training.failures import Failure, Peer, World, breaks_connection, exit_code_of, wait_for_end
 from abba.training.processes import process_started
@@ -130,6 +130,33 @@ def test_rank_0_waits_for_the_others_to_end_but_not_for_ever(monkeypatch):
     assert process.poll() == 0 and time.monotonic() - began < 20
     monkeypatch.setattr(failures, "PARTING_SECONDS", 0.2)
     wait_for_end([Peer(os.getpid(), process_started(os.getpid()))])
+
+
+@pytest.mark.parametrize("by", ["fail", "watch"])
+def test_a_log_whose_disk_is_full_changes_no_exit_code(tmp_path, by):
+    """And what can still be told and given back is."""
+
+    def failing():
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        sys.stderr = os.fdopen(2, "w")
+        if by == "fail":
+            failures.fail(PreemptedError("SIGTERM"), world(0, tmp_path / "failures", size=1))
+        Watch(world(0, tmp_path / "failures"), (tmp_path / "released").touch).start()
+
+    assert ended(failing) == 75
+    assert world(1, tmp_path / "failures").announced() and (tmp_path / "released").exists() == (by == "watch")
+
+
+def test_the_cursor_that_a_bar_has_hidden_is_shown_again(tmp_path):
+    ours, theirs = os.openpty()
+
+    def on_a_terminal():
+        os.dup2(theirs, 1)
+        sys.stdout = os.fdopen(1, "w")
+        Watch(world(0, tmp_path / "failures"), lambda: None).start()
+
+    assert ended(on_a_terminal) == 75
+    assert os.read(ours, 100).endswith(b"\x1b[?25h\r\n")
 
 
 def test_a_gpu_without_memory_is_a_line_with_a_way_out(tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import time
 
 import pytest
@@ -72,6 +73,20 @@ def test_lines_that_a_full_disk_refuses_are_written_when_it_is_empty_again(tmp_p
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, *range(1, 101)], "two lines of the first: the step's and the start's"
     assert "WARNING: step 10 cannot be written yet: No space left on device" in capsys.readouterr().out
+
+
+def test_a_log_that_takes_nothing_more_ends_no_run(tmp_path, monkeypatch, capsys):
+    def full(values):
+        raise OSError(28, "No space left on device")
+
+    with metrics.Reporter(tmp_path / "log", steps=2, logging_steps=1, startup=Startup(), track=full) as reporter:
+        reporter.step({"step": 1, **RECORD})
+        assert "step 1 is not where else the recipe logs to: No space left on device" in capsys.readouterr().out
+        with io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True) as full_disk:
+            monkeypatch.setattr(sys, "stdout", full_disk)
+            reporter.step({"step": 2, **RECORD})
+            monkeypatch.undo()
+    assert len((tmp_path / "log").read_text().splitlines()) == 3
 
 
 def test_the_parts_of_a_start_add_up_to_all_of_it():

@@ -117,8 +117,34 @@ def test_damaged_lines_of_metrics_are_dropped_with_a_word(tmp_path):
     for name in ("evaluation", "score", "mine"):
         (tmp_path / "run" / name).mkdir()
     directory.begin({}, 0, said.append)
-    assert not directory.metrics.exists()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"recipe.yaml", "mine"}, "no score of before"
+    assert directory.metrics.read_bytes() == b""
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"recipe.yaml", "metrics.jsonl", "mine"}, "no score of before"
+
+
+@pytest.mark.parametrize("name", ["adapter", "evaluation", "score"])
+def test_what_no_run_here_has_made_is_not_replaced(tmp_path, name):
+    directory = RunDirectory(tmp_path)
+    (tmp_path / name).mkdir()
+    with (
+        pytest.raises(CheckpointError, match=f"holds {name} and no checkpoint"),
+        directory.held("auto", False, None, print),
+    ):
+        pass
+    with directory.held("never", True, None, print):
+        pass
+
+
+def test_a_recipe_that_no_run_has_written_is_not_replaced(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.recipe.write_text("extends: gsm8k  # mine\n")
+    refused = pytest.raises(CheckpointError, match=r"a recipe\.yaml that no run has written")
+    with refused, directory.held("auto", False, None, print):
+        pass
+    directory.recipe.rename(tmp_path / "mine.yaml")
+    for _ in range(2):  # its own is
+        with directory.held("auto", False, None, print):
+            directory.begin({}, 0, print)
 
 
 def test_metrics_that_cannot_be_read_are_named(tmp_path):
