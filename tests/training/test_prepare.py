@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -195,11 +196,14 @@ def test_a_node_that_waits_for_what_another_disk_holds_says_so_once(recipe, monk
     ]
     for thread in waiting:
         thread.start()
-    waiting[0].join(2)
+    said, deadline = "", time.monotonic() + 60
+    while "waits for" not in said and time.monotonic() < deadline:
+        time.sleep(0.1)
+        said += capsys.readouterr().err
     elsewhere.rename(path)
     for thread in waiting:
-        thread.join(20)
-    said = capsys.readouterr().err
+        thread.join(60)
+    said += capsys.readouterr().err
     assert said.startswith(f"data: rank 8 on {socket.gethostname()} waits for {path}, which rank 0 makes; ")
     assert said.count("data: ") == 1 and len(found) == 2
 
