@@ -4,9 +4,9 @@
     python launch/report.py runs/quickstart
     python launch/report.py runs/sweep-1e-3 runs/sweep-2e-3 --output comparison.html --samples 20
 
-Without --output it is report.html in the first run's directory; a page that stands there is replaced. Scores are
-found where launch/evaluate.py was told to write them in a directory of the run. Of several runs those without a step
-are left out, with a line that says so.
+Without --output it is report.html in the directory of the first run that it shows; a page that stands there is
+replaced. Scores are found where launch/evaluate.py was told to write them in a directory of the run. Of several runs those
+without a step are left out, with a line that says so.
 """
 
 import sys
@@ -23,16 +23,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="HTML", help="the page; default report.html in the first RUN")
     parser.add_argument("--samples", type=positive, default=8, help="generations of each score; default 8")
     arguments = parser.parse_args()
-    output = arguments.output or arguments.runs[0] / "report.html"
-    return run_program(lambda: print(write_report(arguments.runs, output, arguments.samples)))
+    return run_program(lambda: print(write_report(arguments.runs, arguments.output, arguments.samples)))
 
 
-def write_report(paths: list[Path], output: Path, samples: int) -> Path:
+def write_report(paths: list[Path], output: Path | None, samples: int) -> Path:
     from abba.prepared import replacing
     from abba.report.page import page
     from abba.report.run import NothingYetError, read_run
 
-    if not output.name:  # . and /
+    if output is not None and not output.name:  # . and /
         raise CheckpointError(f"{output}: cannot be written: Is a directory; choose another --output")
     paths, runs = list(dict.fromkeys(paths)), []
     for path in paths:
@@ -45,7 +44,7 @@ def write_report(paths: list[Path], output: Path, samples: int) -> Path:
     for run in runs:
         for warning in run.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    drawn = page(runs)
+    output, drawn = output or Path(runs[0].name) / "report.html", page(runs)
     try:
         with replacing(output) as temporary:
             temporary.write_text(drawn, encoding="utf-8", errors="replace")

@@ -6,7 +6,7 @@ import multiprocessing
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +17,7 @@ from abba.evaluation.tasks import Question
 from abba.text.graders import GRADERS
 
 SECONDS, MEMORY = 30, 4 << 30  # for one comparison, in a process of its own
+MOST_NAMED = 20  # undecided rows beyond those that may be, after which no more are looked for
 Z_95 = 1.959963984540054
 
 
@@ -42,11 +43,17 @@ def grade_all(questions: list[Question], generated: list[str], max_ungraded: int
         max_ungraded: how many generations may stay undecided; they count as wrong and say so.
 
     Raises:
-        DataError: more are undecided; says how many, and names the first.
+        DataError: more are undecided; says how many, at least, and names the first.
     """
+    grades: list[Grade] = []
+    undecided: list[int] = []
     with _isolated() as isolated:
-        grades = [_grade(question, text, isolated) for question, text in zip(questions, generated, strict=True)]
-    undecided = [number for number, grade in enumerate(grades) if grade.undecided is not None]
+        for question, text in zip(questions, generated, strict=True):
+            grades.append(_grade(question, text, isolated))
+            if grades[-1].undecided is not None:
+                undecided.append(len(grades) - 1)
+                if len(undecided) == max_ungraded + MOST_NAMED:  # each may have taken SECONDS
+                    break
     if len(undecided) > max_ungraded:
         question, grade = questions[undecided[0]], grades[undecided[0]]
         raise DataError(
@@ -104,10 +111,10 @@ class _Process:
         """Raises UndecidedError when the comparison fails, or takes too long or too much memory."""
         if self._child is None:
             self._start()
-        self._pipe.send((extracted, reference))
         try:
+            self._pipe.send((extracted, reference))
             right, failure = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise UndecidedError(self._how_it_ended()) from None
         if failure is not None:
             raise UndecidedError(f"math-verify: {failure}")
@@ -137,7 +144,8 @@ class _Process:
 
 def _compare(pipe: Connection, seconds: int) -> None:
     """The child: pairs come in, (right, what failed) goes out, until the other end is closed; `seconds` for each."""
-    import math_verify  # noqa: F401  # its seconds are none of the first comparison's
+    with suppress(Exception):  # which each comparison will say
+        import math_verify  # noqa: F401  # its seconds are none of the first comparison's
 
     from abba.text.expressions import same_expression
 

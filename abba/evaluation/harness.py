@@ -141,7 +141,7 @@ def _headline(results: dict[str, dict[str, Any]]) -> str:
         metrics = []
         for key, value in result.items():
             metric, _, chosen = key.partition(",")  # by which filter of the answers, of which a task may have several
-            if chosen and type(value) in (int, float) and not metric.endswith("_stderr"):
+            if chosen and isinstance(value, int | float) and not metric.endswith("_stderr"):
                 metrics.append(f"{metric}{'' if chosen == 'none' else f' ({chosen})'} {value:.4f}")
         shown.append(f"{PREFIX}{name}: {', '.join(metrics)}")
     return "; ".join(shown)

@@ -100,14 +100,13 @@ class Kept:
                     f"another output directory, or delete {self.directory}"
                 )
             discarded = f"{self.output}: earlier generations are discarded: {changes}"
-        elif not path.is_file() and self.directory.is_dir():  # what a kill has left of discarding them
-            discarded = (
-                f"{self.output}: earlier generations are discarded: nothing says with which settings they were made"
-            )
+            shutil.rmtree(self.directory)
         try:
-            if discarded:
-                shutil.rmtree(self.directory)
             self.directory.mkdir(exist_ok=True)
+            if not path.is_file():  # a kill may have left some of those that were being discarded
+                for left in self.directory.glob("rank-*.jsonl"):
+                    left.unlink()
+                    discarded = f"{self.output}: earlier generations are discarded: nothing says how they were made"
             for name in (SCORES, GENERATIONS):  # until they are written anew
                 (self.output / name).unlink(missing_ok=True)
             if not path.is_file():
@@ -154,7 +153,7 @@ def batches_by_length(prompts: list[list[int]], size: int) -> list[list[int]]:
     The longest first: what is too much for the memory is so at once.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    return [order[start : start + size] for start in range(0, len(order), size)][::-1]
+    return [order[max(0, stop - size) : stop] for stop in range(len(order), 0, -size)]
 
 
 def _changes(earlier: Any, now: Mapping[str, Any]) -> str:

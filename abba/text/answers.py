@@ -45,7 +45,7 @@ def extract_any_number(text: str) -> str | None:
 
 def the_number(text: str) -> str | None:
     """The only number in a text that marks none; None where there are several, of which any might be the answer."""
-    numbers = _IN_TEXT.findall(_without_latex(text))
+    numbers = _ANY.findall(_without_latex(text))
     return numbers[0].strip() if len(numbers) == 1 else None
 
 

@@ -54,7 +54,9 @@ def extract_any_choice(text: str, options: tuple[str, ...]) -> str | None:
 @cache
 def _stated(options: tuple[str, ...]) -> re.Pattern[str]:
     words = "|".join(map(re.escape, options))
-    return re.compile(rf"\bcorrect\s+answer\s+is(?:\s*:)?+[\s*(\"'`]*({words})(?![A-Za-z0-9])", re.IGNORECASE)
+    return re.compile(
+        rf"(?<![A-Za-z])correct\s+answer\s+is(?:\s*:)?+[\s*(\"'`]*({words})(?![A-Za-z0-9])", re.IGNORECASE
+    )
 
 
 @cache

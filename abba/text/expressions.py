@@ -8,13 +8,14 @@ from abba.text.answers import extract_any_number
 
 # Mathematics between its own brackets may take several lines, words one.
 _STATED = re.compile(
-    r"answer\s+is(?:\s*:)?+[\s*]*+(\$\$[\s\S]{1,1000}?\$\$|\\\[[\s\S]{1,1000}?\\\]|\S[^\n]*)", re.IGNORECASE
+    r"answer\s+is(\s*:)?+[\s*]*+(\$\$[\s\S]{1,1000}?\$\$|\\\[[\s\S]{1,1000}?\\\]|\S[^\n]*)", re.IGNORECASE
 )
-_ONLY_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s,'’-]+[^\W\d_]+)*")  # as in "the answer is correct"
+_ONLY_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s,'’-]+[^\W\d_]+)*!?")  # as in "the answer is correct"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\(?:left|right|,|!|;|:|quad|qquad| )|(?<![0-9])\s+|\s+(?![0-9])")  # 3 4 is not 34
+_SPACING = re.compile(r"(?:\\(?:left|right|,|!|;|:|quad|qquad| )|\s)+")
+_NEEDLESS = re.compile(r"(?<![0-9]) | (?![0-9])| (?=[0-9]{3}(?![0-9]))")  # 3 4 is not 34, but 1 000 is 1000
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _LONGEST = 1000  # characters; a longer one is no final answer
 
@@ -32,11 +33,14 @@ def require_math_verify() -> None:
 def extract_expression(text: str) -> str | None:
     r"""The content of `\boxed{...}` or what follows `The answer is:`, whichever comes last; None without either.
 
-    Where there is a box, mere words that follow "the answer is" are no answer.
+    Where there is a box, mere words that follow "the answer is" without a colon are no answer.
     """
     boxes = [(start, content) for start, content in _all_boxed(text) if content]
-    stated = [(match.start(1), _sentence(match[1])) for match in _STATED.finditer(text)]
-    found = boxes + [answer for answer in stated if not (boxes and _ONLY_WORDS.fullmatch(answer[1]))]
+    found = list(boxes)
+    for match in _STATED.finditer(text):
+        answer = _sentence(match[2])
+        if match[1] or not (boxes and _ONLY_WORDS.fullmatch(answer)):
+            found.append((match.start(2), answer))
     return _short(max(found)[1]) if found else None
 
 
@@ -114,4 +118,4 @@ def _short(text: str) -> str | None:
 def _canonical(text: str) -> str:
     r"""Without what only changes the look: \left, spaces, \dfrac, words in \text{...}, a full stop."""
     text = _WORDS.sub(r"\1", _bare(text)).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
-    return _SPACING.sub("", text).replace(r"\$", "").replace("$", "")
+    return _NEEDLESS.sub("", _SPACING.sub(" ", text)).replace(r"\$", "").replace("$", "")

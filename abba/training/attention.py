@@ -20,6 +20,9 @@ from abba.errors import RecipeError
 
 BY_ROW = "sdpa_by_row"
 
+# Architectures that look a position up in a table, which ends.
+POSITION_TABLES = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt")
+
 # Architectures that are a decoder, lm_head, and a cap on the logits where config.final_logit_softcapping is set. Rows
 # on one line of such a decoder see each other through nothing but attention, which knows their borders.
 PLAIN_ARCHITECTURES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -71,13 +74,13 @@ def beyond_positions(config: PretrainedConfig, longest: int) -> str | None:
     """What is wrong with rows of so many tokens, if that can be trained all the same.
 
     Raises:
-        RecipeError: positions that are looked up in a table end before the longest row does.
+        RecipeError: the table of positions ends before the longest row does.
     """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is None or longest <= positions:
         return None
-    if not getattr(text, "rope_parameters", None):
+    if text.model_type in POSITION_TABLES:
         raise RecipeError(
             f"data.max_length: the longest row has {longest:,} tokens and this base has {positions:,} positions; "
             f"lower it to {positions}"

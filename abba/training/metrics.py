@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from abba.training.failures import tell
 from abba.training.startup import Startup
 
 
@@ -69,9 +70,12 @@ class Reporter:
     def say(self, line: str) -> None:
         """One plain line, on rank 0."""
         if self._console is not None:
-            with suppress(OSError):  # as `tell`
-                self._console.print(line, markup=False)
-                sys.stdout.flush()
+            if self._bar is None:
+                tell(line, self._console.file)
+            else:
+                with suppress(OSError, SystemExit):  # as `tell`; rich ends a program whose reader is gone
+                    self._console.print(line, markup=False)
+                    sys.stdout.flush()
 
     def step(self, record: dict[str, Any]) -> None:
         """A finished optimizer step; `record` goes to metrics.jsonl as it is."""

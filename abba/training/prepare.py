@@ -22,6 +22,7 @@ from abba.text.rows import RowSource, hub_dataset
 from abba.training.attention import beyond_positions, refuse_packing, refuse_shared_positions
 from abba.training.batches import BatchPlan, split_rows
 from abba.training.data_section import DataSection
+from abba.training.failures import tell
 from abba.training.mixture import Mixture, epoch_rows
 from abba.training.recipe import Recipe
 from abba.training.tokens import TokenizedRows, prepare_tokens, tokens_path
@@ -82,7 +83,8 @@ def prepare(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> tuple[P
     Raises:
         CheckpointError: the base model cannot be found, or the tokens cannot be written.
         DataError: a dataset cannot be used.
-        RecipeError: two sources are the same, a chat template is needed and there is none, or rows would not be apart.
+        RecipeError: two sources are the same, a chat template is needed and there is none, rows would not be apart, or
+            the base has no positions for the longest.
     """
     base, config, tokenizer = usable_base(recipe)
     sources, limits = row_sources(recipe.data), (recipe.data.max_length, recipe.data.max_bad_rows)
@@ -213,11 +215,10 @@ def _from_rank_0(path: Path, ranks: Ranks) -> TokenizedRows:
                     "here; put it on storage that all nodes share"
                 )
             if late and not told:
-                print(
+                tell(
                     f"data: rank {ranks.rank} on {socket.gethostname()} waits for {path}, which rank 0 makes; "
                     "if rank 0 goes on without it, data.prepared_path is not on storage that all nodes share",
-                    file=sys.stderr,
-                    flush=True,
+                    sys.stderr,
                 )
                 told = True
         elif seen != damaged:

@@ -117,7 +117,6 @@ class RunDirectory:
             for path in remove_leftovers(self.checkpoints):
                 say(f"checkpoint: removed {path}, which an earlier start left unfinished")
             self._keep_metrics(step, say)
-            self.metrics.touch()
             self.recipe.write_text(dump_yaml(recipe), encoding="utf-8")
             if job is None:
                 self._begun.unlink(missing_ok=True)
@@ -216,11 +215,9 @@ class RunDirectory:
 
     def _keep_metrics(self, step: int, say: Callable[[str], None]) -> None:
         """Drop the lines of steps that will be computed again, and what a kill left of a last line."""
-        if step == 0 or not self.metrics.is_file():
-            self.metrics.unlink(missing_ok=True)
-            return
         # Bytes: a flipped bit need not leave text.
-        lines = [line for line in self.metrics.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        written = self.metrics.read_bytes() if step and self.metrics.is_file() else b""
+        lines = [line for line in written.splitlines(keepends=True) if line.endswith(b"\n")]
         kept = self.metrics.with_name(f".{self.metrics.name}")
         steps = [_step_of(line) for line in lines]
         if unreadable := steps.count(None):

@@ -1,6 +1,7 @@
 """A grader that crashes, hangs or dies names the row; it never makes a wrong answer of it."""
 
 import dataclasses
+import multiprocessing
 import time
 
 import pytest
@@ -60,6 +61,21 @@ def test_what_fails_names_the_row_and_can_be_counted_as_wrong_by_name(comparing)
     grades = grade_all(asked, texts, max_ungraded=2)
     assert [grade.strict_right for grade in grades] == [True, False, True, False]
     assert [bool(grade.undecided) for grade in grades] == [False, True, False, True]
+
+
+def test_when_nothing_can_be_graded_not_all_rows_are_tried(comparing):
+    comparing("child_that_fails")
+    with pytest.raises(DataError, match="math: 21 of 21 rows cannot be graded"):
+        grade_all(questions("math", 500), [BAD] * 500, max_ungraded=1)
+
+
+def test_a_library_that_cannot_be_imported_is_a_line(monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    spawn = multiprocessing.get_context("spawn")  # the server of forks has its own path
+    monkeypatch.setattr(grading.multiprocessing, "get_context", lambda _: spawn)
+    with pytest.raises(DataError, match="row 1 first: math-verify: ImportError: broken"):
+        grade_all(questions("math", 1), [FINE], max_ungraded=0)
 
 
 def test_a_process_that_dies_is_named(comparing):

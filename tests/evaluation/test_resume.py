@@ -122,12 +122,13 @@ def test_what_is_kept_is_read_again_and_half_a_line_is_dropped(tmp_path):
 
 def test_a_batch_of_which_a_row_is_missing_is_generated_whole(tmp_path):
     batches = batches_by_length([[0] * length for length in (5, 1, 4, 2, 3)], 2)
-    assert batches == [[0], [4, 2], [1, 3]]
+    assert batches == [[2, 0], [3, 4], [1]]
     first = kept(tmp_path)
-    for row in (1, 3, 4):
+    for row in (1, 2, 0, 4):
         first.add(row, "")
-    assert first.share_of(batches) == [[0], [4, 2]]
-    assert kept(tmp_path, Ranks(1, 2)).share_of(batches) == [[4, 2]], "of two ranks: every second batch of all"
+    assert first.share_of(batches) == [[3, 4]]
+    assert kept(tmp_path, Ranks(1, 2)).share_of(batches) == [[3, 4]], "of two ranks: every second batch of all"
+    assert kept(tmp_path, Ranks(0, 2)).share_of(batches) == []
 
 
 def test_unfinished_generations_of_other_settings_are_refused_by_name(tmp_path):
@@ -149,10 +150,11 @@ def test_finished_ones_of_other_settings_are_replaced_with_a_line(tmp_path):
 
 def test_generations_of_unknown_settings_are_not_adopted(tmp_path):
     kept(tmp_path).add(0, "another model's")
+    (tmp_path / "generated/mine").touch()
     (tmp_path / "generated/settings.json").unlink()  # what a kill while they were being discarded can leave
     again = kept(tmp_path)
-    assert again.texts == {} and "nothing says with which settings" in again.discarded
-    assert kept(tmp_path).discarded is None
+    assert again.texts == {} and "nothing says how they were made" in again.discarded
+    assert kept(tmp_path).discarded is None and (tmp_path / "generated/mine").exists()
 
 
 def test_a_damaged_line_is_named(tmp_path):

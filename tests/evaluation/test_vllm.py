@@ -69,7 +69,7 @@ def test_what_vllm_is_told(vllm, adapter, tmp_path, capsys):
     assert made["model"] == str(TINY) and made["dtype"] == "bfloat16" and made["trust_remote_code"] is False
     assert made["max_model_len"] == longest + 24 and made["max_num_seqs"] == 2 and made["tensor_parallel_size"] == 1
     assert made["enable_lora"] and made["max_lora_rank"] == 16, "the smallest that holds 4 x 3"
-    assert [asked["prompts"] for asked in vllm.LLM.asked] == [4, 16], "8 x batch_size at a time"
+    assert [asked["prompts"] for asked in vllm.LLM.asked] == [16, 4], "8 x batch_size at a time"
     lora = vllm.LLM.asked[0]["lora"]
     assert lora.lora_int_id == 1 and not Path(lora.lora_path).exists(), "the LoRA form is there as long as it is needed"
     assert all(texts) and not any("</s>" in text for text in texts)

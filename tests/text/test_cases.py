@@ -72,6 +72,8 @@ def test_a_model_that_ends_in_blanks_is_read_at_once(task, between):
         ("gsm8k", "$1,200", "$1,200"),
         ("gsm8k", "7 apples", "7"),
         ("gsm8k", "She has 3 apples and buys 4, so she has 7.", None),
+        ("gsm8k", "x = - 5", "- 5"),
+        ("gsm8k", "10 - 3", None),
         ("gsm8k", "seven", None),
         ("math", r"The answer is right, $\boxed{5}$. The answer is: 6", "5"),
         ("math", "The answer is: 6", "6"),

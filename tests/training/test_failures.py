@@ -156,6 +156,7 @@ def test_the_cursor_that_a_bar_has_hidden_is_shown_again(tmp_path):
         Watch(world(0, tmp_path / "failures"), lambda: None).start()
 
     assert ended(on_a_terminal) == 75
+    os.set_blocking(ours, False)
     assert os.read(ours, 100).endswith(b"\x1b[?25h\r\n")
 
 

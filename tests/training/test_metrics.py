@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import time
 
@@ -87,6 +88,17 @@ def test_a_log_that_takes_nothing_more_ends_no_run(tmp_path, monkeypatch, capsys
             reporter.step({"step": 2, **RECORD})
             monkeypatch.undo()
     assert len((tmp_path / "log").read_text().splitlines()) == 3
+
+
+def test_a_reader_that_is_gone_ends_no_run(tmp_path, monkeypatch):
+    """rich would end the program."""
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    with io.TextIOWrapper(open(ours, "wb", buffering=0), write_through=True) as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        with metrics.Reporter(tmp_path / "log", steps=2, logging_steps=1, startup=Startup()) as reporter:
+            reporter.step({"step": 1, **RECORD})
+        monkeypatch.undo()
 
 
 def test_the_parts_of_a_start_add_up_to_all_of_it():

@@ -4,6 +4,7 @@ Names, signatures and the form of the results are those of lm_eval 0.4.13 (evalu
 tasks/manager.py); an argument that it does not know is a TypeError. Its task, `first_word`, generates with the model.
 """
 
+import numpy as np
 import torch
 
 asked: list[dict] = []
@@ -22,7 +23,7 @@ def simple_evaluate(
         for index, question in enumerate(["One and one?", "Two and two?", "Three?"][:limit])
     ]
     result = {"alias": "first_word", "acc,none": 0.75, "acc_stderr,none": 0.1, "brier,none": 0.5, "sample_len": 3}
-    result |= {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 1}
+    result |= {"exact_match,strict-match": np.float64(0.25), "exact_match,flexible-extract": 1}
     return {
         "results": {"first_word": result},
         "n-samples": {"first_word": {"original": 3, "effective": len(samples)}},
