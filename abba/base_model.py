@@ -123,7 +123,7 @@ def build_empty(directory: Path, dtype: torch.dtype, attention: str) -> PreTrain
         RecipeError: the attention implementation is not installed.
     """
     config = load_config(directory)
-    _require_flash_attention(attention)
+    require_attention(attention)
     with _named(directory, "its config.json does not make a causal LM"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
@@ -140,7 +140,7 @@ def load_whole(directory: Path, dtype: torch.dtype, attention: str, **placement:
         RecipeError: the attention implementation is not installed.
     """
     check_config(directory)
-    _require_flash_attention(attention)
+    require_attention(attention)
     with BaseFiles(directory):  # every header is checked before the library, which checks less, opens the files
         pass
     with _named(directory, "cannot be loaded"):
@@ -206,8 +206,11 @@ def choose_attention(config: PretrainedConfig, wanted: str, device_type: str, dt
     return "sdpa", "there is no GPU" if device_type != "cuda" else "flash-attn is not installed or does not do fp32"
 
 
-def _require_flash_attention(attention: str) -> None:
-    """transformers would fetch a kernel, code of the Hub, in place of a flash-attn that is not installed."""
+def require_attention(attention: str) -> None:
+    """Raises RecipeError when a flash-attn is wanted that is not installed.
+
+    transformers would fetch a kernel, code of the Hub, in its place.
+    """
     if attention.startswith("flash") and not is_flash_attn_2_available():
         raise RecipeError(
             f"model.attn_implementation: {attention} needs a GPU and flash-attn 2.3.3 or newer, which is not there; "

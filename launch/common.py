@@ -1,12 +1,17 @@
 """What the programs share."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from abba.errors import AbbaError, CheckpointError, exit_with
+try:
+    from abba.errors import AbbaError, CheckpointError, exit_with
+except ModuleNotFoundError as error:  # the commonest first mistake
+    print(f"environment: {error}; activate the one that was made for it: . .venv/bin/activate", file=sys.stderr)
+    sys.exit(64)
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -39,6 +44,16 @@ def run_program(work: Callable[[], int | None], prefix: str = "", after_interrup
 def end_with_reader() -> None:
     """Of a program that only prints: end quietly when its reader does, as in `| head`."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def local_path(text: str) -> Path:
+    """An argument that is a path; a shell leaves the ~ in --output=~/x as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def name_or_path(text: str) -> str:
+    """An argument that is a Hub name or a path."""
+    return os.path.expanduser(text) if text.startswith("~/") else text
 
 
 def count(text: str) -> int:

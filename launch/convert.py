@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from common import argument_parser, run_program
+from common import argument_parser, local_path, name_or_path, run_program
 
 from abba.errors import ArgumentError, CheckpointError
 
@@ -31,12 +31,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument(
         "source",
-        type=Path,
+        type=local_path,
         metavar="SRC",
         help="a checkpoint, a run directory: its newest valid one, an ABBA adapter in LoHa form, or a ZeRO-3 "
         "checkpoint that DeepSpeed wrote itself",
     )
-    parser.add_argument("destination", type=Path, metavar="DST", help="the directory to create")
+    parser.add_argument("destination", type=local_path, metavar="DST", help="the directory to create")
     parser.add_argument(
         "--format",
         choices=["loha", "lora", "merged"],
@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--base",
+        type=name_or_path,
         help="the base model, a directory or a Hub name in the cache: for merged and after full fine-tuning, to "
         "compare with --verify, and to name the base of DeepSpeed's checkpoints",
     )

@@ -13,9 +13,8 @@ The same command continues an evaluation that was killed. With several ranks eac
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
 
-from common import argument_parser, count, positive, run_program
+from common import argument_parser, count, local_path, name_or_path, positive, run_program
 
 from abba.errors import ArgumentError
 from abba.sharded.ranks import Ranks, go_alone, ranks_from_environment
@@ -26,18 +25,21 @@ from abba.text.prompt import PROMPT_NAMES
 def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument(
-        "--model", help="the base: a directory, or a Hub name that is in the cache; default: the adapter's"
+        "--model",
+        type=name_or_path,
+        help="the base: a directory, or a Hub name that is in the cache; default: the adapter's",
     )
     parser.add_argument("--revision", help="of a Hub model")
     parser.add_argument(
         "--adapter",
-        type=Path,
+        type=local_path,
         help="an adapter directory, a checkpoint, or a run: its newest valid one; without it the bare base is scored",
     )
     parser.add_argument("--any-base", action="store_true", help="score an adapter on a base that it was not trained on")
     parser.add_argument("--task", required=True, help=f"{', '.join(SUITES)}, or lm-eval:TASK of lm-evaluation-harness")
     parser.add_argument(
         "--data",
+        type=name_or_path,
         help="a .jsonl, .json or .parquet file instead of the Hub's test split; for commonsense the directory of "
         "TASK/test.json; for lm-eval one of task definitions",
     )
@@ -65,7 +67,10 @@ def parse_arguments() -> argparse.Namespace:
         help="auto: bfloat16, where the processor can",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="directory for scores.json and generations.jsonl; replaced there"
+        "--output",
+        type=local_path,
+        required=True,
+        help="directory for scores.json and generations.jsonl; replaced there",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()

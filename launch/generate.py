@@ -10,9 +10,8 @@ Without --prompt it reads one from each line of standard input.
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from common import argument_parser, end_with_reader, positive, run_program
+from common import argument_parser, end_with_reader, local_path, name_or_path, positive, run_program
 
 from abba.errors import DataError
 
@@ -20,12 +19,17 @@ from abba.errors import DataError
 def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument(
-        "--model", help="the base: a directory, or a Hub name that is in the cache; default: the adapter's"
+        "--model",
+        type=name_or_path,
+        help="the base: a directory, or a Hub name that is in the cache; default: the adapter's",
     )
     parser.add_argument("--revision", help="of a Hub model")
-    parser.add_argument("--adapter", type=Path, help="an adapter directory, a checkpoint, or a run")
+    parser.add_argument("--adapter", type=local_path, help="an adapter directory, a checkpoint, or a run")
     parser.add_argument("--any-base", action="store_true", help="take a base that the adapter was not trained on")
-    parser.add_argument("--prompt", help="the instruction; the recipe's template is put around it")
+    parser.add_argument("--prompt", help="the instruction; the recipe's data.prompt is put around it")
+    parser.add_argument(
+        "--template", choices=PROMPT_NAMES, help="data.prompt of an adapter that does not remember it; default alpaca"
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=256)
     parser.add_argument(
         "--dtype",
@@ -50,7 +54,9 @@ def answer(arguments: argparse.Namespace) -> None:
 
     gpus = visible_gpus()
     dtype, note = choose_dtype(arguments.dtype)
-    with opened(arguments.model, arguments.revision, arguments.adapter, None, arguments.any_base, say) as subject:
+    with opened(
+        arguments.model, arguments.revision, arguments.adapter, arguments.template, arguments.any_base, say
+    ) as subject:
         if note:
             say(f"model: {note}")
         tokenizer = load_tokenizer(subject.base)

@@ -5,22 +5,24 @@
     python launch/report.py runs/sweep-1e-3 runs/sweep-2e-3 --output comparison.html --samples 20
 
 Without --output it is report.html in the directory of the first run that it shows; a page that stands there is
-replaced. Scores are found where launch/evaluate.py was told to write them in a directory of the run. Of several runs those
-without a step are left out, with a line that says so.
+replaced. Scores are found where launch/evaluate.py was told to write them in a directory of the run. Of several
+runs those without a step are left out, with a line that says so.
 """
 
 import sys
 from pathlib import Path
 
-from common import argument_parser, positive, run_program
+from common import argument_parser, local_path, positive, run_program
 
 from abba.errors import CheckpointError
 
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run, alive or done")
-    parser.add_argument("--output", type=Path, metavar="HTML", help="the page; default report.html in the first RUN")
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="output_dir of a run, alive or done")
+    parser.add_argument(
+        "--output", type=local_path, metavar="HTML", help="the page; default report.html in the first RUN"
+    )
     parser.add_argument("--samples", type=positive, default=8, help="generations of each score; default 8")
     arguments = parser.parse_args()
     return run_program(lambda: print(write_report(arguments.runs, arguments.output, arguments.samples)))

@@ -45,7 +45,7 @@ def run(
     import torch.distributed as dist
 
     from abba.adapter.baseline import require_peft
-    from abba.base_model import DTYPES, choose_attention, choose_dtype, load_config
+    from abba.base_model import DTYPES, choose_attention, choose_dtype, load_config, require_attention
     from abba.checkpoint.format import step_directory
     from abba.sharded.engine import engine_config
     from abba.sharded.process_group import start_process_group
@@ -62,6 +62,7 @@ def run(
     if note:
         say(f"model: {note}")
     require_peft(recipe.adapter.config())
+    require_attention(recipe.model.attn_implementation)
     settings = recipe.train
     micro_batch = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro_batch, ranks.world_size)

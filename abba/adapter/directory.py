@@ -137,7 +137,9 @@ def refuse_occupied(directory: Path, overwrite: bool) -> None:
         reason = f"cannot be read: {error.strerror}; choose another or change its permissions"
         raise CheckpointError(f"adapter directory {directory}: {reason}") from error
     if not is_file(directory / ABBA_CONFIG):
-        raise CheckpointError(f"adapter directory {directory}: holds something that is no adapter; choose another")
+        raise CheckpointError(
+            f"adapter directory {directory}: holds something that is no adapter; move it away, or choose another"
+        )
     if not overwrite:
         way_out = "choose another or pass --force (in Python overwrite=True)"
         raise CheckpointError(f"adapter directory {directory}: is not empty; {way_out}")

@@ -37,7 +37,7 @@ from abba.adapter.initialize import Factors
 from abba.adapter.inject import check_factors, inject
 from abba.adapter.linear import abba_modules
 from abba.adapter.truncate import truncate
-from abba.errors import CheckpointError
+from abba.errors import CheckpointError, RecipeError
 from abba.names import inside
 from abba.prepared import replacing
 from abba.storage import SafetensorsFile, Spec, read_json, write_json, write_safetensors
@@ -209,7 +209,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> AdapterDescr
     factors = _factors(Path(directory), description)
     present = abba_modules(model)
     if not present:
-        inject(model, description.config, factors=factors)
+        try:
+            inject(model, description.config, factors=factors)
+        except RecipeError as error:
+            raise CheckpointError(f"{directory}: is of another base: {error.reason}; give its own") from error
         return description
     if present.keys() != factors.keys():
         different = sorted(present.keys() ^ factors.keys())

@@ -58,7 +58,7 @@ def choose_names(
     """The names among `modules` that `config` means, in their order; `linears` and `head` are among them.
 
     Raises:
-        RecipeError: nothing matches, or one of the listed suffixes matches nothing.
+        RecipeError: nothing matches, one of the listed suffixes matches nothing, or there are fewer layers.
     """
     wanted = config.target_modules
     if wanted == "all-linear":
@@ -67,6 +67,9 @@ def choose_names(
         chosen = _matching(modules, wanted, sorted(_last_parts(linears)))
     if config.layer_range is not None:
         first, stop = config.layer_range
+        layers = 1 + max((index for name in linears if (index := layer_index(name)) is not None), default=-1)
+        if stop > layers:
+            raise RecipeError(f"adapter.layer_range: ({first}, {stop}) goes beyond the model's {layers} layers")
         chosen = [name for name in chosen if (index := layer_index(name)) is not None and first <= index < stop]
     if not chosen:
         _refuse_joined(wanted, _last_parts(linears))

@@ -98,7 +98,10 @@ def opened(
         base = trained_base(given, description.base_model, description.provenance or {}, *named)
         if base is None:
             raise ArgumentError(f"--model: is missing, and {given} does not say which base it was trained on")
-        yield Subject(base, adapter, _checked_prompt(prompt, adapter, given), given)
+        checked = _checked_prompt(prompt, adapter, given)
+        if prompt is None and not _recorded_prompt(adapter):
+            say(f"prompt: {checked}, because {given} does not say with which it was trained")
+        yield Subject(base, adapter, checked, given)
 
 
 def _provenance(trained: Path) -> dict[str, Any]:
@@ -108,10 +111,14 @@ def _provenance(trained: Path) -> dict[str, Any]:
 
 def _checked_prompt(wanted: str | None, trained: Path, given: Path) -> str:
     """That of the training, of which an adapter that was made outside a run knows nothing, or else the user's."""
-    recorded = ((_provenance(trained).get("recipe") or {}).get("data") or {}).get("prompt")
+    recorded = _recorded_prompt(trained)
     if recorded is not None and wanted not in (None, recorded):
-        raise ArgumentError(f"--prompt {wanted}: {given} was trained with the prompt {recorded}; leave it out")
+        raise ArgumentError(f"prompt {wanted}: {given} was trained with the prompt {recorded}; leave the option out")
     return recorded or wanted or DEFAULT_PROMPT
+
+
+def _recorded_prompt(trained: Path) -> str | None:
+    return ((_provenance(trained).get("recipe") or {}).get("data") or {}).get("prompt")
 
 
 def _standalone(given: Path, destination: Path, say: Callable[[str], None]) -> Path:

@@ -21,7 +21,7 @@ _LONGEST = 1000  # characters; a longer one is no final answer
 
 
 # As in setup.cfg; by their own names, because a checkout that is mounted into a container is not installed.
-_INSTALL = "pip install 'math-verify[antlr4_13_2]>=0.9,<0.10'"
+_INSTALL = "pip install 'math-verify[antlr4-13-2]>=0.9,<0.10'"
 
 
 def require_math_verify() -> None:

@@ -225,6 +225,8 @@ def _open(source: RowSource) -> Any:
         raise
     except Exception as error:  # datasets raises errors of arrow, pandas, fsspec and its own
         cause = (is_file and _broken_line(found)) or first_line(error.__cause__ or error)
+        if "corresponds to no data" in cause:
+            raise DataError(f"{source.path}: is empty") from None
         raise DataError(f"{source.path}: cannot be read: {cause}") from None
 
 

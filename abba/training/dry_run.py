@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 from abba.adapter.baseline import require_peft
 from abba.adapter.config import FullConfig, factors_of
 from abba.adapter.inject import find_targets
-from abba.base_model import DTYPES, build_empty, choose_attention, choose_dtype
+from abba.base_model import DTYPES, build_empty, choose_attention, choose_dtype, require_attention
+from abba.errors import RecipeError
 from abba.sharded.engine import checked_section
 from abba.sharded.ranks import accumulation_steps
 from abba.training.attention import line_tokens
@@ -37,6 +38,10 @@ def dry_run(recipe: Recipe, world_size: int) -> None:
     start = (recipe.model.name_or_path, recipe.adapter.init_from, recipe.checkpoint.resume)
     refuse_no_start(*start, RunDirectory(recipe.output_dir))
     require_peft(recipe.adapter.config())
+    try:
+        require_attention(recipe.model.attn_implementation)
+    except RecipeError as error:  # a login node may lack what the others have
+        print(f"# on this machine: {error.reason}")
     print(f"# resolved recipe\n{dump_yaml(recipe.model_dump(mode='json'))}", end="")
     micro = settings.per_device_train_batch_size
     accumulation = accumulation_steps(settings.global_batch_size, micro, world_size)

@@ -161,7 +161,7 @@ def load_recipe(name: str, overrides: list[str], directory: Path) -> Recipe:
         RecipeError: one line per mistake; all of them.
     """
     path = find_recipe(name, directory)
-    raw = read_recipe_file(path, overrides)
+    raw = read_recipe_file(path, overrides, directory)
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:

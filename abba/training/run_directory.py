@@ -150,6 +150,8 @@ class RunDirectory:
             )
 
     def _check_earlier_run(self, resume: str, overwrite: bool) -> None:
+        for result in (self.adapter, self.model):
+            refuse_occupied(result, overwrite=True)
         results = [path for path in self._results if path.exists()]
         earlier = [path for path in (self.checkpoints, *results, self.metrics) if path.exists()]
         if resume == "never" and earlier and not overwrite:
@@ -167,8 +169,6 @@ class RunDirectory:
                 f"output_dir {self.path}: holds a {self.recipe.name} that no run has written and that this one would "
                 "replace; rename it, or choose another output_dir"
             )
-        for result in (self.adapter, self.model):
-            refuse_occupied(result, overwrite=True)
 
     def _count_start(self) -> None:
         present = list_checkpoints(self.checkpoints)

@@ -78,14 +78,14 @@ def prepare_tokens(
         CheckpointError: `path` cannot be written.
     """
     make_directory(path.parent, "data.prepared_path")
-    bad, total = BadRows(), 0
+    bad, total, too_long = BadRows(), 0, ""
     ids: list[np.ndarray] = []
     supervised: list[np.ndarray] = []
     columns: dict[str, list[int]] = {"stops": [], "sources": [], "uncut": []}
     for example in _examples(source, tokenizer, prompt, bad, section):
         if example.learned[0][0] >= max_length:
-            reason = f"all labels are masked: the prompt alone fills data.max_length={max_length} tokens"
-            bad.add(example.row, reason)
+            too_long = f"all labels are masked: the prompt alone fills data.max_length={max_length} tokens"
+            bad.add(example.row, too_long)
             continue
         mask = np.zeros(len(example.ids), dtype=np.uint8)
         for start, stop in example.learned:
@@ -96,10 +96,9 @@ def prepare_tokens(
         for name, value in zip(columns, (total, example.row, len(example.ids)), strict=True):
             columns[name].append(value)
     if bad.reasons.total() > max_bad_rows:
-        raise DataError(
-            f"{source.path}: {bad.reasons.total()} rows cannot be trained on ({bad.first}); "
-            f"mend them, or allow as many with data.max_bad_rows={bad.reasons.total()}"
-        )
+        mend = f"raise data.max_length for {bad.reasons[too_long]} of them" if too_long in bad.reasons else "mend them"
+        allow = f", or allow as many with data.max_bad_rows={bad.reasons.total()}" if ids else ""  # not all of them
+        raise DataError(f"{source.path}: {bad.reasons.total()} rows cannot be trained on ({bad.first}); {mend}{allow}")
     if not ids:
         raise DataError(f"{source.path}: has no row to train on")
     tensors = {name: torch.tensor(values) for name, values in columns.items()}

@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,12 @@ def parse_yaml(text: str, source: str) -> Any:
         raise RecipeError(f"{source}: is not YAML: {first_line(error)}") from None
 
 
-def read_recipe_file(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """The recipe at `path` over those it extends, under `section.key=value` overrides."""
-    raw = _read_extended(path, [])
+def read_recipe_file(path: Path, overrides: list[str], directory: Path) -> dict[str, Any]:
+    """The recipe at `path` over those it extends, beside it or in `directory`, under `section.key=value` overrides.
+
+    A value that starts with ~/ is a path below the home directory, as in a shell, which leaves it in section.key=~/x.
+    """
+    raw = _read_extended(path, directory, [])
     mistakes = []
     for override in overrides:
         try:
@@ -111,7 +115,15 @@ def read_recipe_file(path: Path, overrides: list[str]) -> dict[str, Any]:
             mistakes.append(error.reason)
     if mistakes:
         raise RecipeError("; ".join(mistakes))
-    return raw
+    return _with_home(raw)
+
+
+def _with_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_home(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -147,7 +159,7 @@ def suggestion(word: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _read_extended(path: Path, chain: list[Path]) -> dict[str, Any]:
+def _read_extended(path: Path, directory: Path, chain: list[Path]) -> dict[str, Any]:
     if path.resolve() in chain:
         raise RecipeError(f"{path}: extends itself, over {len(chain)} files")
     if len(chain) >= MAX_EXTENDS:
@@ -171,13 +183,14 @@ def _read_extended(path: Path, chain: list[Path]) -> dict[str, Any]:
     if parent is None:
         return raw
     if not isinstance(parent, str):
-        raise RecipeError(f"{path}: extends: {parent!r} is not the name of a recipe beside it")
-    base = path.parent / safe_name(parent, f"{path}: extends", RecipeError)
-    if not base.is_file() and base.suffix != ".yaml":
-        base = base.with_name(base.name + ".yaml")
-    if not base.is_file():  # a pipe would be waited for
-        raise RecipeError(f"{path}: extends: {base} cannot be read: it is no file")
-    return _merged(_read_extended(base, [*chain, path.resolve()]), raw)
+        raise RecipeError(f"{path}: extends: {parent!r} is not the name of a recipe")
+    name = safe_name(parent, f"{path}: extends", RecipeError)
+    places = [place / file for place in (path.parent, directory) for file in (name, f"{name}.yaml")]
+    base = next((place for place in places if place.is_file()), None)  # a pipe would be waited for
+    if base is None:
+        near = suggestion(Path(name).stem, [found.stem for found in directory.glob("*.yaml")])
+        raise RecipeError(f"{path}: extends: no recipe {parent!r} beside it or in {directory}{near}")
+    return _merged(_read_extended(base, directory, [*chain, path.resolve()]), raw)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
