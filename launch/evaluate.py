@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output",
         type=local_path,
         required=True,
-        help="directory for scores.json and generations.jsonl; replaced there",
+        help="for scores.json and generations.jsonl; replaced there",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()

@@ -2,7 +2,7 @@
 """Answer a prompt with the base model and, side by side, with an adapter.
 
     python launch/generate.py --model recipes/assets/tiny-llama --adapter runs/quickstart/adapter \\
-        --prompt "Ann had some pens. Then Ann bought 5 more. Now Ann has 17 pens. How many pens did Ann have at first?"
+        --prompt "Tom had some pens. Then Tom bought 6 more. Now Tom has 15 pens. How many pens did Tom have at first?"
 
 Without --prompt it reads one from each line of standard input.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from common import argument_parser, end_with_reader, local_path, name_or_path, positive, run_program
 
 from abba.errors import DataError
+from abba.text.prompt import PROMPT_NAMES
 
 
 def main() -> int:
@@ -54,9 +55,8 @@ def answer(arguments: argparse.Namespace) -> None:
 
     gpus = visible_gpus()
     dtype, note = choose_dtype(arguments.dtype)
-    with opened(
-        arguments.model, arguments.revision, arguments.adapter, arguments.template, arguments.any_base, say
-    ) as subject:
+    named = (arguments.model, arguments.revision, arguments.adapter, arguments.template, arguments.any_base, say)
+    with opened(*named) as subject:
         if note:
             say(f"model: {note}")
         tokenizer = load_tokenizer(subject.base)
@@ -75,16 +75,18 @@ def answer(arguments: argparse.Namespace) -> None:
 
 
 def typed() -> Iterator[str]:
-    """Lines of standard input.
+    """Lines of standard input that are not blank.
 
     Raises:
         DataError: one is not UTF-8.
     """
     for number, line in enumerate(sys.stdin.buffer, start=1):
         try:
-            yield line.decode().strip()
+            prompt = line.decode().strip()
         except UnicodeDecodeError:
             raise DataError(f"standard input: line {number} is not UTF-8 text") from None
+        if prompt:
+            yield prompt
 
 
 if __name__ == "__main__":

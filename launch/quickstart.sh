@@ -26,6 +26,6 @@ done
 
 echo "== 4/4 ask: python launch/generate.py --model $tiny --adapter $run/adapter --prompt ..."
 python launch/generate.py --model "$tiny" --adapter "$run/adapter" --max-new-tokens 40 \
-    --prompt "Ann had some pens. Then Ann bought 5 more. Now Ann has 17 pens. How many pens did Ann have at first?"
+    --prompt "Tom had some pens. Then Tom bought 6 more. Now Tom has 15 pens. How many pens did Tom have at first?"
 
 echo "== done in $(($(date +%s) - started)) s; the adapter is $run/adapter, its LoRA form $run-lora"

@@ -20,9 +20,7 @@ from abba.errors import CheckpointError
 def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="output_dir of a run, alive or done")
-    parser.add_argument(
-        "--output", type=local_path, metavar="HTML", help="the page; default report.html in the first RUN"
-    )
+    parser.add_argument("--output", type=local_path, metavar="HTML", help="default report.html in the first RUN")
     parser.add_argument("--samples", type=positive, default=8, help="generations of each score; default 8")
     arguments = parser.parse_args()
     return run_program(lambda: print(write_report(arguments.runs, arguments.output, arguments.samples)))

@@ -74,7 +74,7 @@ def test_layer_range_is_half_open():
         ({"target_modules": ("mlp",)}, "is a LlamaMLP, not a linear layer"),
         ({"r1": 65}, "65 is above the rank of model.layers.0.self_attn.q_proj, whose weight is (64, 64)"),
         ({"r2": 33, "target_modules": ("k_proj",)}, "choose at most 32"),
-        ({"layer_range": (2, 9)}, "matches no module"),
+        ({"layer_range": (1, 9)}, "adapter.layer_range: (1, 9) goes beyond the model's 2 layers"),
     ],
 )
 def test_targets_that_cannot_be_adapted_are_refused(arguments, message):

@@ -73,7 +73,7 @@ def test_the_prompt_is_that_of_the_training(tmp_path):
         assert run.prompt == "plain"
     with subject(tmp_path / "run", prompt="plain") as run:
         assert run.prompt == "plain"
-    refused(RecipeError, r"--prompt alpaca: .*run was trained with the prompt plain", tmp_path / "run", prompt="alpaca")
+    refused(RecipeError, r"prompt alpaca: .*run was trained with the prompt plain", tmp_path / "run", prompt="alpaca")
     with subject(None, str(TINY), prompt="plain") as bare:
         assert bare.prompt == "plain"
 
@@ -81,8 +81,10 @@ def test_the_prompt_is_that_of_the_training(tmp_path):
 def test_a_prompt_that_nothing_records_is_the_users(adapter):
     """Adapters of save_adapter, or of checkpoints that DeepSpeed itself wrote, remember no recipe."""
     for prompt, taken in (("plain", "plain"), ("chat", "chat"), ("alpaca", "alpaca"), (None, "alpaca")):
-        with subject(adapter, str(TINY), prompt) as own:
+        said = []
+        with subject(adapter, str(TINY), prompt, say=said.append) as own:
             assert own.prompt == taken
+        assert [line.startswith("prompt: alpaca, because ") for line in said] == [True] * (prompt is None)
 
 
 def refused(error, said, given, **how):
@@ -108,7 +110,7 @@ def test_a_model_that_was_trained_whole_is_scored_as_a_model(tmp_path):
     refused(CheckpointError, "is a whole model and no adapter; score it with --model .*run/model", model)
     with subject(None, str(model)) as whole:
         assert (whole.base, whole.adapter, whole.prompt, whole.step) == (model, None, "plain", 4)
-    refused(RecipeError, "--prompt alpaca: .*model was trained with", None, model=str(model), prompt="alpaca")
+    refused(RecipeError, "prompt alpaca: .*model was trained with", None, model=str(model), prompt="alpaca")
 
 
 def test_an_adapter_of_another_base_is_refused_unless_it_is_meant(tmp_path):

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_flash_attn_2_available
 
 from tests import warm
 from tests.distributed.ranks import STORIES, TINY, deepspeed
@@ -45,6 +46,7 @@ def check(result, code, *expected):
         (["train.global_batch_size=12", "train.per_device_train_batch_size=8"], 64, "12 is not a multiple of"),
         (["model.name_or_path=./nowhere"], 66, "'./nowhere' is no directory (seen from"),
         (["model.name_or_path=nobody/no-model"], 66, "hf download nobody/no-model"),
+        (["adapter.layer_range=[2, 9]"], 64, "adapter.layer_range: (2, 9) goes beyond the model's 4 layers"),
         (["model.revision=abc"], 64, "model.revision: 'abc' has no meaning for the directory"),
         (["model.name_or_path=" + "x" * 300], 66, "is neither a directory"),
         (["data.path=nowhere.jsonl"], 65, "'nowhere.jsonl': no such file"),
@@ -60,6 +62,23 @@ def test_mistakes_seen_before_the_ranks_start(run, tmp_path, overrides, code, ex
     lines = check(run(*TRAIN, f"output_dir={tmp_path / 'run'}", *overrides), code, expected)
     assert len(lines) == 1, lines
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_flash_attention_that_is_not_installed(run, tmp_path):
+    wanted = [f"output_dir={tmp_path / 'run'}", "model.attn_implementation=flash_attention_2"]
+    said = "model.attn_implementation: flash_attention_2 needs a GPU and flash-attn 2.3.3 or newer, which is not there"
+    assert len(check(run(*TRAIN, *wanted), 64, said)) == 1
+    dry = run(*TRAIN, *wanted, "--dry-run")
+    assert dry.returncode == 0 and f"# on this machine: {said}" in dry.stdout
+
+
+@pytest.mark.parametrize("program", ["train", "convert", "evaluate", "generate", "plan", "prepare", "report"])
+def test_a_python_of_another_environment_is_a_line(program):
+    command = [sys.executable, "-S", "-E", f"launch/{program}.py", "--help"]  # sees the standard library alone
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    said = "environment: No module named 'abba'; activate the one that was made for it: . .venv/bin/activate"
+    assert (ended.returncode, ended.stdout, ended.stderr.strip()) == (64, "", said)
 
 
 def test_a_missing_recipe_and_a_missing_argument(run):

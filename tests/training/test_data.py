@@ -229,6 +229,25 @@ def test_rows_that_cannot_be_trained_on_end_the_run(tmp_path, tokenizer, rows, c
     assert not (tmp_path / "tokens").exists() or not list((tmp_path / "tokens").iterdir())
 
 
+def test_the_way_out_is_the_reasons_own(tmp_path, tokenizer):
+    """To leave out every row is none."""
+    long = {**ROW, "question": ROW["question"] * 9}
+    limit = prompt_length(prepared(tmp_path, tokenizer, source(write_rows(tmp_path, long))), 0)
+    for rows, said in (
+        ([long], r"\); raise data\.max_length for 1 of them$"),
+        ([ROW, long, {**ROW, "answer": ""}], r"raise .* for 1 of them, or allow as many with data\.max_bad_rows=2$"),
+        ([{**ROW, "answer": ""}], "; mend them$"),
+    ):
+        with pytest.raises(DataError, match=said):
+            prepared(tmp_path, tokenizer, source(write_rows(tmp_path, *rows)), limit)
+
+
+def test_a_list_of_no_rows_is_empty(tmp_path, tokenizer):
+    (tmp_path / "rows.json").write_text("[]")
+    with pytest.raises(DataError, match=r"rows\.json: is empty$"):
+        prepared(tmp_path, tokenizer, source(tmp_path / "rows.json"))
+
+
 @pytest.mark.parametrize("given, reason", [(["x", "y"], "choices is list, not text"), (5, "choices is int, not text")])
 def test_an_input_that_is_not_text_is_not_left_out_in_silence(tmp_path, tokenizer, given, reason):
     rows = write_rows(tmp_path, {**ROW, "choices": given}, {**ROW, "choices": None})

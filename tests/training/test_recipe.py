@@ -64,6 +64,26 @@ def test_defaults_names_and_overrides(tmp_path):
     assert load_recipe(str(tmp_path / "mine.yaml"), [], SHIPPED) == load(tmp_path)
 
 
+def test_extends_finds_what_lies_beside_it_or_among_the_shipped(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: quickstart\ntrain: {max_steps: 7}\n")
+    recipe = load_recipe(str(tmp_path / "mine.yaml"), [], SHIPPED)
+    assert recipe.train.max_steps == 7 and recipe.data == load_recipe("quickstart", [], SHIPPED).data
+    (tmp_path / "quickstart.yaml").write_text(GOOD)
+    assert load_recipe(str(tmp_path / "mine.yaml"), [], SHIPPED).model.name_or_path == "some/model"
+    (tmp_path / "mine.yaml").write_text("extends: quikstart\n")
+    with pytest.raises(RecipeError, match="no recipe 'quikstart' beside it or in .*; did you mean quickstart"):
+        load_recipe(str(tmp_path / "mine.yaml"), [], SHIPPED)
+
+
+def test_a_path_below_the_home_directory_is_found(tmp_path, monkeypatch):
+    """A shell leaves the ~ in data.path=~/rows.jsonl, and a file has none."""
+    monkeypatch.setenv("HOME", "/home/me")
+    sources = "data.sources=[{path: ~/a.jsonl}, {path: b~/c.jsonl}]"
+    recipe = load(tmp_path, GOOD.replace("some/model", "~/base"), "output_dir=~/run", "data.path=", sources)
+    assert (recipe.model.name_or_path, recipe.output_dir) == ("/home/me/base", "/home/me/run")
+    assert [source.path for source in recipe.data.sources] == ["/home/me/a.jsonl", "b~/c.jsonl"]
+
+
 def test_extends_merges_deeply(tmp_path):
     (tmp_path / "base.yaml").write_text(GOOD)
     recipe = load(tmp_path, "extends: base\ntrain:\n  learning_rate: 2\n")
@@ -171,7 +191,7 @@ def test_missing_sections_and_keys_are_named(tmp_path):
         ("a: " + "[" * 50 + "]" * 50, "is nested deeper than"),
         ("extends: mine\n" + GOOD, "extends itself"),
         ("extends: [a]\n", "is not the name of a recipe"),
-        ("extends: nowhere\n", "cannot be read"),
+        ("extends: nowhere\n", "extends: no recipe 'nowhere' beside it or in "),
     ],
 )
 def test_yaml_traps_are_refused(tmp_path, text, expected):
