@@ -3,17 +3,19 @@
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --minutes 4 --modes none
-    python benchmarks/gpu.py --width 64 --layers 2 --tokens 16 --repetitions 1      # whether it runs, on a CPU
+    python benchmarks/gpu.py --width 64 --layers 2 --tokens 16 --repetitions 1 --output runs/toy   # whether it runs
 
 Five parts, each a table of its own, written as soon as it is done: a training step of an 8B-shaped Llama, ours against
-PEFT's LoRA of the same budget; where its time goes; the memory of the ZeRO-3 engine against the plan; one adapted
-linear of 8B and 70B shapes against what the card can do; and the targets. What the minutes do not suffice for is named.
+PEFT's LoRA of the same budget; where its time goes; one adapted linear of 8B and 70B shapes against what the card can
+do; the memory of the ZeRO-3 engine against the plan; and the targets. What the minutes do not suffice for is named, and
+a part that fails leaves the others.
 """
 
 import argparse
 import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -57,6 +59,7 @@ class Parts:
     def __init__(self, minutes: float, settings: dict[str, str], output: Path) -> None:
         self._ends, self._settings, self._output = time.monotonic() + 60 * minutes, settings, output
         self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.failed: list[str] = []
 
     def run(self, table: str, part: str, seconds: float, compute: Callable[[], list[dict[str, Any]]]) -> None:
         """`compute`, which takes about so many seconds on an H100; its rows are added to `table`."""
@@ -65,8 +68,12 @@ class Parts:
             print(f"skipped: {part}: takes about {seconds:.0f} s, and {max(left, 0):.0f} s are left", flush=True)
             return
         started = time.monotonic()
-        self.rows[table] = self.rows.get(table, []) + compute()
-        self.write(table)
+        try:
+            self.rows[table] = self.rows.get(table, []) + compute()
+            self.write(table)
+        except Exception:  # what is short is the time on the card: the others are measured all the same
+            traceback.print_exc()
+            self.failed.append(part)
         gc.collect()
         torch.cuda.empty_cache()
         print(f"{part}: {time.monotonic() - started:.0f} s\n", flush=True)
@@ -134,11 +141,13 @@ def steps(job: Job, config: dict[str, Any], repetitions: int, weights: dict[str,
 
 
 def where_time_goes(job: Job, config: dict[str, Any], weights: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """The operations of a step of ours that take longest, by shape of their inputs, and all others together."""
+    """The operations of a step of ours that take longest, by shape of their inputs, all others together, and of a GPU
+    the time in which it runs none.
+    """
     rows_BT = torch.randint(config["vocab_size"], (job.micro_batch, job.tokens), device=device())
     step = training_step("abba", job.checkpointing, config, weights, rows_BT)
-    step()
     on_gpu = torch.cuda.is_available()
+    (wall,) = in_turns({"step": step}, 1)["step"]  # the profiler itself takes time
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, record_shapes=True) as profiled:
         step()
@@ -147,7 +156,8 @@ def where_time_goes(job: Job, config: dict[str, Any], weights: dict[str, Tensor]
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     found = profiled.key_averages(group_by_input_shape=True)
     operations = sorted((o for o in found if o.key.startswith("aten::")), key=lambda o: -getattr(o, own))
-    total = sum(getattr(operation, own) for operation in operations)
+    busy = sum(getattr(operation, own) for operation in operations)
+    total = max(busy, wall * 1e6) if on_gpu else busy
     rows = [
         {
             "operation": operation.key.removeprefix("aten::"),
@@ -158,9 +168,14 @@ def where_time_goes(job: Job, config: dict[str, Any], weights: dict[str, Tensor]
         }
         for operation in operations[:SHOWN]
     ]
-    rest = (total - sum(getattr(operation, own) for operation in operations[:SHOWN])) / 1e3
+    rest = (busy - sum(getattr(operation, own) for operation in operations[:SHOWN])) / 1e3
     calls = sum(operation.count for operation in operations[SHOWN:])
-    return [*rows, {"operation": "others", "calls": calls, "ms": rest, "% of all": 1e5 * rest / total}]
+    idle = (total - busy) / 1e3
+    return [
+        *rows,
+        {"operation": "others", "calls": calls, "ms": rest, "% of all": 1e5 * rest / total},
+        {"operation": "none", "calls": 0, "ms": idle, "% of all": 1e5 * idle / total},
+    ]
 
 
 def memory(job: Job, config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -202,25 +217,28 @@ def layers(shape: dict[str, int], tokens: int, repetitions: int, most: dict[str,
     """layer.py's rows with the share of both ceilings: of its FLOP, and of every activation and weight moved once."""
     rows = []
     for out, into in dict.fromkeys(linears(shape)):
-        moved = 2 * (tokens * (3 * into + 2 * out) + 2 * out * into)
         methods = ["frozen", "lora", "textbook"]
         of_shape = layer.compare((out, into), tokens, "bfloat16", [16], methods, repetitions, enough=40)
         for row in of_shape:
             rank = {"frozen": 0, "lora": 32}.get(row["method"], 256)
             flop_done, seconds = tokens * (4 * out * into + 6 * rank * (out + into)), row["ms"] / 1000
+            reads = 2 + (rank > 0)  # of x: forward, gradient of the factors; its own gradient is written
+            moved = 2 * (tokens * (reads * into + 2 * out) + 2 * out * into)
             row["of matrix ceiling"] = flop_done / seconds / most["matrix"]
             row["of copy ceiling"] = moved / seconds / most["copy"]
+            row |= {"ceiling TFLOP/s": most["matrix"] / 1e12, "ceiling GB/s": most["copy"] / 1e9}
         rows += of_shape
     return rows
 
 
-def targets(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What is wanted of the whole 8B at 4,096 tokens and a micro-batch of 2, and whether it was reached."""
+def targets(found: dict[str, list[dict[str, Any]]], whole: bool) -> list[dict[str, Any]]:
+    """What is wanted and whether it was reached. `whole`: it is the 8B at 4,096 tokens and a micro-batch of 2."""
     wanted = []
     for row in found.get("step", []):
         if row["method"] == "abba":
             mode, ratio = row["checkpointing"], row["over lora"] / row["counted over lora"]
-            wanted.append((f"{mode}: tokens/s, at least", PUBLISHED_TOKENS, row["tokens/s"], 1))
+            if whole:
+                wanted.append((f"{mode}: tokens/s, at least", PUBLISHED_TOKENS, row["tokens/s"], 1))
             wanted.append((f"{mode}: tokens/s over lora's, over the counted ratio, at least", 0.97, ratio, 1))
             wanted.append((f"{mode}: peak memory over lora's, at most", 1.02, row["peak over lora"], -1))
     for row in found.get("memory", []):
@@ -256,19 +274,23 @@ def main() -> None:
     parts.run("profile", "profile", 30, partial(where_time_goes, first, config, weights))
     weights.clear()
 
-    start_process_group(ranks_from_environment())
-    for mode, one in jobs.items():
-        parts.run("memory", f"memory, {mode}", 45, partial(memory, one, config))
-
+    # Before the engine: DeepSpeed puts a function of its own in the place of F.linear, for good.
     most = ceilings(arguments.width)
     print(f"ceilings: {most['matrix'] / 1e12:.4g} TFLOP/s in a bf16 product, {most['copy'] / 1e9:.4g} GB/s in a copy\n")
     tokens = arguments.batch * arguments.tokens
     for name, shape in {"8B": small, "70B": narrowed(LLAMA_70B, arguments.width)}.items():
         parts.run("layer", f"layers of the {name}", 40, partial(layers, shape, tokens, repetitions, most))
-    if found := targets(parts.rows):
+
+    start_process_group(ranks_from_environment())
+    for mode, one in jobs.items():
+        parts.run("memory", f"memory, {mode}", 45, partial(memory, one, config))
+    whole = (arguments.width, arguments.layers, arguments.batch, arguments.tokens) == (1, 32, 2, 4096)
+    if found := targets(parts.rows, whole):
         parts.rows["targets"] = found
         parts.write("targets")
     torch.distributed.destroy_process_group()
+    if parts.failed:
+        sys.exit(f"failed: {', '.join(parts.failed)}")
 
 
 if __name__ == "__main__":

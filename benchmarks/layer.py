@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import RESULTS, device, in_turns, peak_bytes, ratio, saved_bytes, write
+from measure import RESULTS, device, in_turns, interval, peak_bytes, ratio, saved_bytes, write
 from methods import METHODS, adapt
 from torch import nn
 
@@ -75,6 +75,7 @@ def compare(
                 "method": name if name != "abba" else f"abba {rank}x{rank}",
                 "ms": 1000 * median(seconds[key]),
                 "times frozen": times_frozen,
+                "95%": interval(seconds, key, ("frozen", 16)),
                 "over FLOP floor": times_frozen / share if name == "abba" else "",
                 "saved MB": saved_bytes(partial(module, x_TI), module) / 1e6,
                 "peak MB": peak_bytes(cases[key]) / 1e6,

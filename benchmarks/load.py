@@ -2,7 +2,7 @@
 """Getting a base model into ZeRO-3: every rank its own slices (ours), against transformers' from_pretrained.
 
     python benchmarks/load.py
-    python benchmarks/load.py --ranks 2 --layers 4 --repetitions 1
+    python benchmarks/load.py --ranks 2 --layers 4 --repetitions 1 --output runs/load
 
 Makes a random Llama in several files, then starts ranks anew for each measurement, the two ways in turns. Timed is from
 the moment when all ranks have met, to the moment when the last one has its part of the model.

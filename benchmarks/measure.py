@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 RESULTS = Path(__file__).parent / "results"
+DRAWS = 2000
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "scikit-learn")
 
 
@@ -81,6 +83,17 @@ def in_turns(
 def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
     """Ratio of medians."""
     return statistics.median(seconds[name]) / statistics.median(seconds[to])
+
+
+def interval(seconds: dict[str, list[float]], name: str, to: str) -> str:
+    """Where the ratio of medians lies with 95%, by drawing the repetitions anew."""
+    drawn = random.Random(0)
+
+    def median_of(times: list[float]) -> float:
+        return statistics.median(drawn.choices(times, k=len(times)))
+
+    ratios = sorted(median_of(seconds[name]) / median_of(seconds[to]) for _ in range(DRAWS))
+    return f"{ratios[DRAWS // 40]:.2f}-{ratios[-DRAWS // 40]:.2f}"
 
 
 class Peak(TorchDispatchMode):

@@ -104,7 +104,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=2, help="with fewer, the head would weigh more")
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto")
-    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     data = Rows(arguments.rows, arguments.count, arguments.length, arguments.pieces)

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import RESULTS, device, in_turns, peak_bytes, write
+from measure import RESULTS, device, in_turns, interval, peak_bytes, write
 from methods import adapt
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
@@ -92,8 +92,8 @@ def counted_ratio(shape: dict[str, int], tokens: int, mode: str) -> float:
     def flops(rank: int) -> float:
         base = sum((4 + 2 * again) * o * i for o, i in linears(shape))
         adapter = sum((6 + 2 * again) * rank * (o + i) for o, i in linears(shape))
-        # Scores and values, half of them masked.
-        attention = (4 + 2 * again) * 2 * tokens * shape["hidden_size"] * 0.5
+        # Scores and values, half of them masked; both operands have a gradient.
+        attention = (6 + 2 * again) * 2 * tokens * shape["hidden_size"] * 0.5
         return base + adapter + attention
 
     return flops(32) / flops(256)
@@ -118,10 +118,14 @@ def compare(
     for name in methods:
         row = {"checkpointing": mode, "dtype": dtype, "method": name, "tokens/s": rate[name]}
         if "lora" in rate:
-            row |= {"over lora": rate[name] / rate["lora"]}
+            row |= {"over lora": rate[name] / rate["lora"], "95%": interval(seconds, "lora", name)}
         if name == "abba":
             row |= {"counted over lora": counted_ratio(shape, tokens, mode)}
-        row |= {"peak MB": peak_bytes(steps[name]) / 1e6, "trainable": sum(p.numel() for p in steps[name].trainable)}
+        # Beyond weights, factors and moments, which a step finds.
+        row |= {
+            "peak MB of a step": peak_bytes(steps[name]) / 1e6,
+            "trainable": sum(p.numel() for p in steps[name].trainable),
+        }
         rows.append({**row, "seconds": seconds[name]})
     return rows
 

@@ -144,7 +144,9 @@ def test_gpu(tmp_path):
     ]
     assert of["step"][1]["counted over lora"] < of["step"][0]["counted over lora"] == 1
     assert sum(row["% of all"] for row in of["profile"]) == pytest.approx(100)
-    assert len({row["layer"] for row in of["layer"]}) == 8 and len(of["targets"]) == 8
+    assert len({row["layer"] for row in of["layer"]}) == 8 and len(of["targets"]) == 6
+    kept = {row["method"]: row["saved MB"] for row in of["layer"]}
+    assert kept["frozen"] == 0 < kept["lora"], "torch's own linear, not DeepSpeed's"
     assert "skipped" not in finished.stdout
 
 
