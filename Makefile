@@ -53,7 +53,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step.py --seconds 10 --name step_others --layers 1 --modes none --methods lora hira dora full abba
 	$(BIN)/python benchmarks/load.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/packing.py --rows $(ROWS) --count 64
+	$(BIN)/python benchmarks/packing.py --rows $(ROWS) --count 64 --repetitions 3
 	$(BIN)/python benchmarks/scaling.py --layers 2 4
 
 experiments: $(INSTALLED)

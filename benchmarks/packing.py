@@ -11,6 +11,7 @@ chunks; a packed micro-batch has more rows, but no more tokens than one that is 
 import argparse
 import io
 import json
+import math
 import random
 import sys
 from collections.abc import Iterator
@@ -137,10 +138,8 @@ def main() -> None:
 
     for way in ways:
         compute(way, batches[way][0][:1])
-    turns = [
-        in_turns({way: partial(compute, way, batches[way][number]) for way in ways}, arguments.repetitions, warmup=0)
-        for number in range(len(groups))
-    ]
+    cases = [{way: partial(compute, way, batches[way][number]) for way in ways} for number in range(len(groups))]
+    turns = [in_turns(case, arguments.repetitions, warmup=0, enough=math.inf) for case in cases]
     seconds = {way: [turn[way] for turn in turns] for way in ways}  # of each global batch, every repetition
     batches = {way: [batch for group in batches[way] for batch in group] for way in ways}
     learned = {way: sum(len(b.targets) for b in batches[way]) for way in ways}
