@@ -212,7 +212,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> AdapterDescr
         try:
             inject(model, description.config, factors=factors)
         except RecipeError as error:
-            raise CheckpointError(f"{directory}: is of another base: {error.reason}; give its own") from error
+            raise CheckpointError(f"{directory}: does not fit this model: {error.reason}; give its own base") from error
         return description
     if present.keys() != factors.keys():
         different = sorted(present.keys() ^ factors.keys())
