@@ -31,6 +31,11 @@ SOFTWARE = ("torch", "deepspeed", "transformers", "safetensors")
 # What changes what is shown or when it is saved, not what is computed.
 BYSTANDERS = ("logging_steps", "eval_steps", "per_device_eval_batch_size", "ddp_timeout")
 WEIGHTS = "model.weights"  # a checksum that is known once the base is loaded
+MEANING = {  # of what nobody has typed
+    "data.tokens": ", the hash of the rows and how they are tokenised,",
+    "model.config": ", the hash of the base's config.json,",
+    WEIGHTS: ", the checksum of the base's weights,",
+}
 CHAT_TEMPLATE = "data.chat_template"  # for scoring: what is trained on are the tokens, which have a hash of their own
 
 
@@ -157,7 +162,7 @@ def _refuse_different(
 ) -> None:
     refused = []
     for field in (field for field in fields if current.get(field) != saved.get(field)):
-        change = f"{field} was {_short(saved.get(field))}, is {_short(current.get(field))}"
+        change = f"{field}{MEANING.get(field, '')} was {_short(saved.get(field))}, is {_short(current.get(field))}"
         if any(_covers(name, field) for name in allowed):
             say(f"checkpoint: {change}, as checkpoint.allow_changed allows")
         else:

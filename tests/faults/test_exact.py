@@ -109,7 +109,7 @@ CHANGES = [
     (["train.learning_rate=5e-3"], "train.learning_rate was 0.01, is 0.005"),
     (["train.global_batch_size=4"], "train.global_batch_size was 8, is 4"),
     (["train.seed=1"], "train.seed was 0, is 1"),
-    (["data.max_rows=59"], "data.tokens was"),
+    (["data.max_rows=59"], "data.tokens, the hash of the rows and how they are tokenised, was"),
     (["adapter.r1=3"], "adapter.r1 was 4, is 3"),
     ([f"model.dtype={OTHER}"], f"model.dtype was '{DTYPE}', is '{OTHER}'"),
 ]
@@ -130,14 +130,14 @@ def test_another_base_is_refused_and_allowed_when_the_recipe_says_so(lab, trial,
         copy_at(lab, every_step, 20, "other-base")
         changed = [f"model.name_or_path={base}"]
         finished, _ = lab.run("other-base", 1, None, *changed)
-        assert finished[0].returncode == 66 and "model.weights was" in finished[0].stderr
+        assert finished[0].returncode == 66 and "model.weights, the checksum of the base's weights, was" in finished[0].stderr
         wrong, _ = lab.run("other-base", 1, None, *changed, "checkpoint.allow_changed=[model.wights]")
         assert wrong[0].returncode == 64 and "no field 'model.wights'" in wrong[0].stderr
         allowed = [*changed, "checkpoint.allow_changed=[model.weights]", "train.logging_steps=1"]
         finished, _ = lab.run("other-base", 1, None, *allowed)
         assert finished[0].returncode == 0, finished[0].stderr
         said = [line for line in finished[0].stdout.splitlines() if "as checkpoint.allow_changed allows" in line]
-        assert len(said) == 1 and said[0].startswith("checkpoint: model.weights was")
+        assert len(said) == 1 and said[0].startswith("checkpoint: model.weights, the checksum")
 
 
 def test_it_goes_on_from_another_runs_checkpoint(lab, reference, trial, every_step):
