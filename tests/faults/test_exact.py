@@ -130,7 +130,8 @@ def test_another_base_is_refused_and_allowed_when_the_recipe_says_so(lab, trial,
         copy_at(lab, every_step, 20, "other-base")
         changed = [f"model.name_or_path={base}"]
         finished, _ = lab.run("other-base", 1, None, *changed)
-        assert finished[0].returncode == 66 and "model.weights, the checksum of the base's weights, was" in finished[0].stderr
+        said = "model.weights, the checksum of the base's weights, was"
+        assert finished[0].returncode == 66 and said in finished[0].stderr
         wrong, _ = lab.run("other-base", 1, None, *changed, "checkpoint.allow_changed=[model.wights]")
         assert wrong[0].returncode == 64 and "no field 'model.wights'" in wrong[0].stderr
         allowed = [*changed, "checkpoint.allow_changed=[model.weights]", "train.logging_steps=1"]
