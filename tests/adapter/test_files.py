@@ -88,6 +88,16 @@ def test_loha_holds_the_factors_bit_for_bit_and_loads_back(tmp_path):
     assert torch.equal(injected(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_a_base_of_another_shape_is_named_with_the_adapter(tmp_path):
+    save_adapter(adapted()[0], tmp_path / "adapter")
+    smaller = tiny_model(num_hidden_layers=1)
+    with pytest.raises(
+        CheckpointError, match=r"adapter: does not fit this model: .*modules differ.*; give its own base$"
+    ):
+        load_adapter(smaller, tmp_path / "adapter")
+    assert not abba_modules(smaller)
+
+
 def test_bfloat16_loha_rounds_each_factor_once(tmp_path):
     model, config = adapted()
     write(model, config, tmp_path / "adapter", "loha", torch.bfloat16)
