@@ -28,8 +28,14 @@ REFUSED = {
     "fast_tokenizer_files": "names other files in place of tokenizer.json",
 }
 # Keys that start with _ are transformers' own variables; these it has written into the files of many models.
-HARMLESS = {"_name_or_path", "_from_model_config", "_commit_hash", "_attn_implementation_autoset", "__type"}
-HARMLESS.add("_remove_final_layer_norm")  # of OPT's architecture, for all its name
+HARMLESS = {
+    "_name_or_path",
+    "_from_model_config",
+    "_commit_hash",
+    "_attn_implementation_autoset",
+    "__type",
+    "_remove_final_layer_norm",  # of OPT's architecture, for all its name
+}
 # A text that transformers writes and no longer reads.
 UNUSED_FILE = "special_tokens_map_file"
 # Lists of this length, and tensors of this size, are made before any weight is compared.

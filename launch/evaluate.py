@@ -18,7 +18,7 @@ from common import argument_parser, count, local_path, name_or_path, positive, r
 
 from abba.errors import ArgumentError
 from abba.sharded.ranks import Ranks, go_alone, ranks_from_environment
-from abba.text.graders import SUITES
+from abba.text.graders import HARNESS, SUITES
 from abba.text.prompt import PROMPT_NAMES
 
 
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 def score(arguments: argparse.Namespace, ranks: Ranks) -> None:
     # Imported here because it takes seconds, and after the GPU is chosen.
     from abba.base_model import DTYPES, choose_dtype
-    from abba.evaluation.harness import PREFIX, run_harness
+    from abba.evaluation.harness import run_harness
     from abba.evaluation.score import evaluate, headline
     from abba.evaluation.subject import opened
     from abba.evaluation.tasks import question_sources
@@ -88,7 +88,7 @@ def score(arguments: argparse.Namespace, ranks: Ranks) -> None:
     dtype, note = choose_dtype(arguments.dtype)
     if note:
         say(f"model: {note}")
-    is_harness = arguments.task.startswith(PREFIX)
+    is_harness = arguments.task.startswith(HARNESS)
     if not is_harness:
         question_sources(arguments.task, arguments.data)
     elif arguments.prompt is not None:
@@ -112,8 +112,8 @@ def score_as_rank(arguments: argparse.Namespace) -> int:
         score(arguments, ranks)
 
     prefix = f"rank {ranks.rank}: " if ranks.rank else ""
-    goes_on = not arguments.task.startswith("lm-eval:")
-    return run_program(work, prefix, "the same command goes on with the rows that are missing" * goes_on)
+    goes_on = "" if arguments.task.startswith(HARNESS) else "the same command goes on with the rows that are missing"
+    return run_program(work, prefix, goes_on)
 
 
 def main() -> int:

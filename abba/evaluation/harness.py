@@ -21,8 +21,7 @@ from abba.evaluation.subject import Subject
 from abba.sharded.ranks import Ranks
 from abba.storage import make_directory
 from abba.text.encode import padding_id
-
-PREFIX = "lm-eval:"
+from abba.text.graders import HARNESS
 
 
 def run_harness(
@@ -51,7 +50,7 @@ def run_harness(
         CheckpointError: base or adapter is damaged, or `output` cannot be written.
     """
     _refuse(task, data, engine, max_ungraded, ranks)
-    names = task.removeprefix(PREFIX).split(",")
+    names = task.removeprefix(HARNESS).split(",")
     manager = _task_manager(names, data)
     make_directory(output, "output directory")
     tokenizer, gpus = load_tokenizer(subject.base), visible_gpus()
@@ -93,7 +92,7 @@ def _refuse(task: str, data: str | None, engine: str, max_ungraded: int, ranks: 
     if max_ungraded:
         raise ArgumentError(f"task {task}: grades every row; leave --max-ungraded out")
     if data is not None and not Path(data).is_dir():
-        raise DataError(f"{data}: is no directory of task definitions, which --data is for {PREFIX}TASK")
+        raise DataError(f"{data}: is no directory of task definitions, which --data is for {HARNESS}TASK")
 
 
 def _task_manager(tasks: list[str], data: str | None) -> Any:
@@ -104,7 +103,7 @@ def _task_manager(tasks: list[str], data: str | None) -> Any:
     manager = TaskManager(include_path=data)
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
-        raise DataError(f"{PREFIX}{unknown[0]}: lm_eval has no such task; `lm_eval ls tasks` shows them")
+        raise DataError(f"{HARNESS}{unknown[0]}: lm_eval has no such task; `lm_eval ls tasks` shows them")
     return manager
 
 
@@ -132,7 +131,7 @@ def _evaluate(
     except torch.OutOfMemoryError as error:
         raise ArgumentError(f"out of GPU memory: {first_line(error)}; use a smaller batch size") from None
     except Exception as error:  # of datasets, the Hub, jinja, a task's own functions
-        raise DataError(f"{PREFIX}{','.join(tasks)}: lm_eval: {type(error).__name__}: {first_line(error)}") from error
+        raise DataError(f"{HARNESS}{','.join(tasks)}: lm_eval: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _headline(results: dict[str, dict[str, Any]]) -> str:
@@ -143,7 +142,7 @@ def _headline(results: dict[str, dict[str, Any]]) -> str:
             metric, _, chosen = key.partition(",")  # by which filter of the answers, of which a task may have several
             if chosen and isinstance(value, int | float) and not metric.endswith("_stderr"):
                 metrics.append(f"{metric}{'' if chosen == 'none' else f' ({chosen})'} {value:.4f}")
-        shown.append(f"{PREFIX}{name}: {', '.join(metrics)}")
+        shown.append(f"{HARNESS}{name}: {', '.join(metrics)}")
     return "; ".join(shown)
 
 

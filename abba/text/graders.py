@@ -10,6 +10,7 @@ from abba.text.expressions import extract_any_expression, extract_expression, re
 from abba.text.prompt import response_of
 
 COMMONSENSE = tuple(OPTIONS)
+HARNESS = "lm-eval:"  # before the name of a task that lm-evaluation-harness grades
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,13 @@ def prepare_tokens(
         CheckpointError: `path` cannot be written.
     """
     make_directory(path.parent, "data.prepared_path")
-    bad, total, too_long = BadRows(), 0, ""
+    bad, total = BadRows(), 0
+    too_long = f"all labels are masked: the prompt alone fills data.max_length={max_length} tokens"
     ids: list[np.ndarray] = []
     supervised: list[np.ndarray] = []
     columns: dict[str, list[int]] = {"stops": [], "sources": [], "uncut": []}
     for example in _examples(source, tokenizer, prompt, bad, section):
         if example.learned[0][0] >= max_length:
-            too_long = f"all labels are masked: the prompt alone fills data.max_length={max_length} tokens"
             bad.add(example.row, too_long)
             continue
         mask = np.zeros(len(example.ids), dtype=np.uint8)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -67,6 +68,8 @@ def test_what_is_slow_sits_out_rounds_over_the_whole_run(monkeypatch):
     gaps = [later - earlier for earlier, later in itertools.pairwise(turns[1:])]
     assert set(gaps) <= {5, 6}, "evenly"
     assert order[-1] == "very slow" and set(found["slow"]) == {1.0}
+    together = measure.in_turns(cases, repetitions=5, enough=math.inf)  # as what ranks do together has to be
+    assert {name: len(values) for name, values in together.items()} == dict.fromkeys(cases, 5)
 
 
 def test_layer(tmp_path):
@@ -148,6 +151,20 @@ def test_gpu(tmp_path):
     kept = {row["method"]: row["saved MB"] for row in of["layer"]}
     assert kept["frozen"] == 0 < kept["lora"], "torch's own linear, not DeepSpeed's"
     assert "skipped" not in finished.stdout
+
+
+def test_a_part_that_fails_on_a_gpu_leaves_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(warm.ROOT / "benchmarks")
+    import gpu
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    parts = gpu.Parts(1, {}, tmp_path)
+    parts.run("step", "the first", 0, out_of_memory)
+    parts.run("step", "the second", 0, lambda: [{"method": "abba"}])
+    assert parts.failed == ["the first"] and "CUDA out of memory" in capsys.readouterr().err
+    assert json.loads((tmp_path / "gpu_step.json").read_text())["rows"] == [{"method": "abba"}]
 
 
 def test_gpu_says_what_the_time_does_not_suffice_for(tmp_path):
