@@ -89,7 +89,7 @@ def test_the_script_runs_end_to_end_on_the_real_launcher(tmp_path, base_score):
     assert scores["adapter"]["n"] >= 128
     assert len((tmp_path / "run/scores-adapter/generations.jsonl").read_text().splitlines()) == scores["adapter"]["n"]
     assert (tmp_path / "run/checkpoints/step-000100/shard-00001-of-00002.safetensors").is_file()
-    assert "There are 15 - 6 = <<" in result.stdout, "the reading of the story; the sum is the tiny model's"
+    assert "15 - 6 = <<15-6=9>>9 pens." in result.stdout
 
 
 @pytest.mark.slow
